@@ -1,0 +1,349 @@
+"""Typed requests and records: where dicts stop.
+
+A request's `data` is decoded straight into one of these structs, which checks types, ranges and lengths. Free-form
+parts (`metadata`, `filters`, batch items) stay raw bytes here; `decoding.py` opens them once their length is checked.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from msgspec import UNSET, Meta, Raw, Struct, UnsetType
+
+from memory_system import protocol as p
+
+# \A and \Z: `$` would let a trailing newline pass.
+_PRINTABLE = r"\A[^\x00-\x1f\x7f]+\Z"
+
+Id = Annotated[str, Meta(min_length=1, max_length=p.MAX_ID_CHARS, pattern=_PRINTABLE)]
+Name = Annotated[str, Meta(min_length=1, max_length=p.MAX_NAME_CHARS, pattern=_PRINTABLE)]
+Tag = Annotated[str, Meta(min_length=1, max_length=p.MAX_TAG_CHARS, pattern=_PRINTABLE)]
+Tags = Annotated[list[Tag], Meta(max_length=p.MAX_TAGS)]
+_NO_NUL = r"\A[^\x00]*\Z"
+Content = Annotated[str, Meta(min_length=1, max_length=p.MAX_CONTENT_BYTES, pattern=_NO_NUL)]
+Text = Annotated[str, Meta(max_length=4096, pattern=_NO_NUL)]
+Query = Annotated[str, Meta(min_length=1, max_length=p.MAX_QUERY_CHARS, pattern=_NO_NUL)]
+Cursor = Annotated[str, Meta(min_length=1, max_length=1024)]
+Unit = Annotated[float, Meta(ge=0.0, le=1.0)]
+# Years 0 to 9999, which also keeps infinities and NaN out.
+Time = Annotated[float, Meta(ge=-62_167_219_200.0, le=253_402_300_799.0)]
+Limit = Annotated[int, Meta(ge=1, le=p.MAX_RESULTS)]
+Integer = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Tier = Literal["short", "medium", "long"]
+State = Literal["active", "archived"]
+SortOrder = Literal["asc", "desc"]
+SortField = Literal[
+    "created_at", "updated_at", "occurred_at", "last_accessed_at", "importance", "access_count", "version", "memory_id"
+]
+SearchMode = Literal["hybrid", "dense", "keyword"]
+
+
+def _check_content(content: str | UnsetType) -> None:
+    """The limit is in bytes; what msgspec checks is characters."""
+    if isinstance(content, str) and 4 * len(content) > p.MAX_CONTENT_BYTES < (size := len(content.encode())):
+        raise ValueError(f"`content` has {size} bytes, the limit is {p.MAX_CONTENT_BYTES}")
+
+
+# The encoding of "absent" for a raw field; `null` arrives as the bytes of null.
+ABSENT = Raw(b"")
+
+
+class Envelope(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What stands around an operation's `data`. `v` absent marks a legacy caller."""
+
+    action: Annotated[str, Meta(max_length=p.MAX_NAME_CHARS)]
+    v: int | None = None
+    data: Raw = ABSENT
+    request_id: Id | None = None
+    agent_id: Name | None = None
+    session_id: Id | None = None
+    namespace: Name | None = None
+    deadline_ms: Annotated[float, Meta(ge=0.0, le=86_400_000.0)] | None = None
+
+
+class Params(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The root of all request data; unknown fields are refused (legacy callers: see decoding.py)."""
+
+
+class NoParams(Params, frozen=True, kw_only=True):
+    """For actions without data."""
+
+
+class CreateSession(Params, frozen=True, kw_only=True):
+    user_id: Name
+    session_type: Name = "conversation"
+    session_metadata: Raw = ABSENT
+    metadata: Raw = ABSENT  # the name that the mesh's older agents use
+    created_by: Name | None = None
+
+
+class EndSession(Params, frozen=True, kw_only=True):
+    session_id: Id | None = None
+    summary: Text | None = None
+
+
+class GetSession(Params, frozen=True, kw_only=True):
+    session_id: Id | None = None
+
+
+class ListSessions(Params, frozen=True, kw_only=True):
+    user_id: Name | None = None
+    session_state: Literal["open", "ended"] | None = None
+    limit: Limit = 50
+    cursor: Cursor | None = None
+
+
+class AddMemory(Params, frozen=True, kw_only=True):
+    content: Content
+    memory_type: Name = "general"
+    memory_tier: Tier = "short"
+    importance: Unit = 0.5
+    metadata: Raw = ABSENT
+    tags: Tags | None = None
+    parent_id: Id | UnsetType | None = UNSET  # absent: the session, null: none
+    user_id: Name | None = None
+    occurred_at: Time | None = None
+    expires_at: Time | None = None
+    created_by: Name | None = None
+
+    def __post_init__(self) -> None:
+        _check_content(self.content)
+
+
+class BatchAddMemories(Params, frozen=True, kw_only=True):
+    memories: Annotated[list[Raw], Meta(min_length=1, max_length=p.MAX_BATCH_ITEMS)]
+
+
+class GetMemory(Params, frozen=True, kw_only=True):
+    memory_id: Id
+    touch: bool = True
+
+
+class BatchGetMemories(Params, frozen=True, kw_only=True):
+    memory_ids: Annotated[list[Id], Meta(max_length=p.MAX_BATCH_ITEMS)]
+    touch: bool = True
+    cursor: Cursor | None = None
+
+
+class UpdatePayload(Params, frozen=True, kw_only=True):
+    """Only given fields change; null clears where it is allowed."""
+
+    content: Content | UnsetType = UNSET
+    memory_type: Name | UnsetType = UNSET
+    memory_tier: Tier | UnsetType = UNSET
+    importance: Unit | UnsetType = UNSET
+    metadata: Raw = ABSENT
+    tags: Tags | UnsetType | None = UNSET
+    parent_id: Id | UnsetType | None = UNSET
+    user_id: Name | UnsetType | None = UNSET
+    occurred_at: Time | UnsetType | None = UNSET
+    expires_at: Time | UnsetType | None = UNSET
+    state: State | UnsetType = UNSET
+
+    def __post_init__(self) -> None:
+        _check_content(self.content)
+
+
+class UpdateMemory(Params, frozen=True, kw_only=True):
+    memory_id: Id
+    update_payload: Raw = ABSENT
+    update_data: Raw = ABSENT  # the name that the mesh's older agents use
+    metadata_mode: Literal["merge", "replace"] = "merge"
+    expected_version: Count | None = None
+
+
+class DeleteMemory(Params, frozen=True, kw_only=True):
+    memory_id: Id
+    cascade: bool = True
+
+
+class Forget(Params, frozen=True, kw_only=True):
+    user_id: Name | None = None
+    session_id: Id | None = None
+
+
+class GetChildren(Params, frozen=True, kw_only=True):
+    parent_id: Id
+    limit: Limit = 50
+    sort_field: SortField = "created_at"
+    sort_order: SortOrder = "desc"
+    include_archived: bool = False
+    cursor: Cursor | None = None
+
+
+class ListMemories(Params, frozen=True, kw_only=True):
+    filters: Raw = ABSENT
+    sort_field: SortField = "created_at"
+    sort_order: SortOrder = "desc"
+    limit: Limit = 50
+    include_archived: bool = False
+    include_sessions: bool = False
+    cursor: Cursor | None = None
+
+
+class GetMemoryHistory(Params, frozen=True, kw_only=True):
+    memory_id: Id
+    limit: Limit = 50
+    cursor: Cursor | None = None
+
+
+class AddRelationship(Params, frozen=True, kw_only=True):
+    source_id: Id
+    target_id: Id
+    relationship_type: Name
+    strength: Unit = 1.0
+
+
+class RemoveRelationship(Params, frozen=True, kw_only=True):
+    source_id: Id
+    target_id: Id
+    relationship_type: Name | None = None
+
+
+class GetRelatedMemories(Params, frozen=True, kw_only=True):
+    memory_id: Id
+    relationship_type: Name | None = None
+    direction: Literal["outgoing", "incoming", "both"] = "both"
+    limit: Limit = 100
+    cursor: Cursor | None = None
+
+
+class ReinforceMemory(Params, frozen=True, kw_only=True):
+    memory_id: Id
+    reinforcement_factor: Annotated[float, Meta(gt=0.0, le=100.0)] = 1.2
+
+
+class CreateContextGroup(Params, frozen=True, kw_only=True):
+    name: Name
+    description: Text | None = None
+
+
+class ListContextGroups(Params, frozen=True, kw_only=True):
+    limit: Limit = 100
+    cursor: Cursor | None = None
+
+
+class GroupMember(Params, frozen=True, kw_only=True):
+    """Data of add_to_group and remove_from_group."""
+
+    memory_id: Id
+    group_id: Integer
+
+
+class GetMemoriesByGroup(Params, frozen=True, kw_only=True):
+    group_id: Integer
+    limit: Limit = 100
+    include_archived: bool = False
+    cursor: Cursor | None = None
+
+
+class SearchMemory(Params, frozen=True, kw_only=True):
+    query: Query
+    memory_type: Name | None = None
+    limit: Limit = 10
+    parent_id: Id | None = None
+    filters: Raw = ABSENT
+    include_archived: bool = False
+    min_score: Unit | None = None
+    explain: bool = False
+    touch: bool = True
+    cursor: Cursor | None = None
+
+
+class SemanticSearch(Params, frozen=True, kw_only=True):
+    query: Query
+    k: Limit = 5
+    filters: Raw = ABSENT
+    mode: SearchMode = "hybrid"
+    include_archived: bool = False
+    min_score: Annotated[float, Meta(ge=-1.0, le=1.0)] | None = None
+    explain: bool = False
+    touch: bool = True
+    cursor: Cursor | None = None
+
+
+class SearchSimilar(Params, frozen=True, kw_only=True):
+    memory_id: Id
+    k: Limit = 5
+    filters: Raw = ABSENT
+    include_archived: bool = False
+    min_score: Annotated[float, Meta(ge=-1.0, le=1.0)] | None = None
+    explain: bool = False
+    touch: bool = True
+    cursor: Cursor | None = None
+
+
+class BatchSearch(Params, frozen=True, kw_only=True):
+    """Each query is a map with the fields of semantic_search, cursor excepted."""
+
+    queries: Annotated[list[Raw], Meta(min_length=1, max_length=p.MAX_BATCH_QUERIES)]
+
+
+class GetRequestStatus(Params, frozen=True, kw_only=True):
+    request_id: Id
+
+
+PARAMS: dict[str, type[Params]] = {
+    "create_session": CreateSession,
+    "end_session": EndSession,
+    "get_session": GetSession,
+    "list_sessions": ListSessions,
+    "add_memory": AddMemory,
+    "get_memory": GetMemory,
+    "update_memory": UpdateMemory,
+    "delete_memory": DeleteMemory,
+    "get_children": GetChildren,
+    "search_memory": SearchMemory,
+    "semantic_search": SemanticSearch,
+    "search_similar": SearchSimilar,
+    "batch_search": BatchSearch,
+    "add_relationship": AddRelationship,
+    "remove_relationship": RemoveRelationship,
+    "get_related_memories": GetRelatedMemories,
+    "reinforce_memory": ReinforceMemory,
+    "batch_add_memories": BatchAddMemories,
+    "batch_get_memories": BatchGetMemories,
+    "create_context_group": CreateContextGroup,
+    "list_context_groups": ListContextGroups,
+    "add_to_group": GroupMember,
+    "remove_from_group": GroupMember,
+    "get_memories_by_group": GetMemoriesByGroup,
+    "list_memories": ListMemories,
+    "get_memory_history": GetMemoryHistory,
+    "forget": Forget,
+    "stats": NoParams,
+    "get_commit_seq": NoParams,
+    "health_check": NoParams,
+    "get_request_status": GetRequestStatus,
+}
+
+
+class Memory(Struct, frozen=True, kw_only=True):
+    """A memory as stored; `importance` is as of `importance_at`. Times are epoch seconds, UTC."""
+
+    row_id: int
+    namespace: str
+    memory_id: str
+    content: str
+    content_digest: bytes
+    memory_type: str
+    memory_tier: str
+    importance: float
+    importance_at: float
+    access_count: int
+    last_accessed_at: float | None
+    created_at: float
+    updated_at: float
+    occurred_at: float | None
+    expires_at: float | None
+    tier_since: float
+    due_at: float | None
+    metadata: dict[str, Any]
+    tags: list[str]
+    parent_id: str | None
+    session_id: str | None
+    user_id: str | None
+    created_by: str
+    version: int
+    state: str

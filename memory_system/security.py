@@ -1,0 +1,65 @@
+"""Who may talk to the service. Every port binds to loopback unless the configuration says who else may come in."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterable
+
+from memory_system.errors import AccessDenied, ConfigError
+from memory_system.settings import NetworkSettings, SecuritySettings
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a bind address can be reached from this machine only."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def check_bind(network: NetworkSettings, security: SecuritySettings) -> None:
+    """Raise ConfigError for an address that others can reach, unless plaintext peers are allowed by name."""
+    if is_loopback(network.bind):
+        return
+    if not security.allow_insecure:
+        raise ConfigError(
+            f"network.bind is {network.bind}, which other hosts can reach, and nothing says who may come in; "
+            "set it to 127.0.0.1, or set security.allow_insecure: true with security.insecure_peers: [CIDR, ...]"
+        )
+    if not security.insecure_peers:
+        raise ConfigError(
+            "security.allow_insecure needs security.insecure_peers, the networks that may come in unencrypted, "
+            "such as [192.168.1.0/24]"
+        )
+
+
+class PeerPolicy:
+    """Which addresses may send plaintext requests: loopback, and the networks of `security.insecure_peers`."""
+
+    def __init__(self, security: SecuritySettings) -> None:
+        allowed: Iterable[str] = security.insecure_peers if security.allow_insecure else ()
+        self._networks: tuple[Network, ...] = tuple(ipaddress.ip_network(cidr) for cidr in allowed)
+        self._known: dict[str, bool] = {}
+
+    def check(self, address: str) -> None:
+        """Raise AccessDenied for a peer that is neither loopback nor in an allowed network."""
+        allowed = self._known.get(address)
+        if allowed is None:
+            if len(self._known) > 10_000:
+                self._known.clear()
+            allowed = self._known[address] = self._allows(address)
+        if not allowed:
+            raise AccessDenied(f"{address} is in none of the networks of security.insecure_peers")
+
+    def _allows(self, address: str) -> bool:
+        try:
+            ip = ipaddress.ip_address(address)
+        except ValueError:
+            return False
+        if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is not None:
+            ip = ip.ipv4_mapped
+        return ip.is_loopback or any(ip in network for network in self._networks)

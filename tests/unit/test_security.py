@@ -1,0 +1,65 @@
+"""Who may bind where, and who may come in."""
+
+from __future__ import annotations
+
+import pytest
+
+from memory_system.errors import AccessDenied, ConfigError
+from memory_system.security import PeerPolicy, check_bind, is_loopback
+from memory_system.settings import NetworkSettings, SecuritySettings
+
+OPEN = SecuritySettings(allow_insecure=True, insecure_peers=("10.1.0.0/16", "192.168.5.7/32", "fd00::/8"))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "::1", "[::1]", "localhost"])
+def test_loopback(host: str) -> None:
+    assert is_loopback(host)
+    check_bind(NetworkSettings(bind=host), SecuritySettings())
+
+
+@pytest.mark.parametrize(
+    "host", ["0.0.0.0", "::", "*", "192.168.1.5", "10.0.0.1", "example.org", "", "127.0.0.1.evil.org"]
+)
+def test_addresses_that_others_reach_need_to_say_who_comes(host: str) -> None:
+    assert not is_loopback(host)
+    network = NetworkSettings(bind=host)
+    with pytest.raises(ConfigError, match=r"network\.bind.*allow_insecure"):
+        check_bind(network, SecuritySettings())
+    with pytest.raises(ConfigError, match=r"network\.bind.*allow_insecure"):
+        check_bind(network, SecuritySettings(insecure_peers=("10.0.0.0/8",)))
+    with pytest.raises(ConfigError, match="insecure_peers"):
+        check_bind(network, SecuritySettings(allow_insecure=True))
+    check_bind(network, OPEN)
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["127.0.0.1", "127.1.2.3", "::1", "::ffff:127.0.0.1", "10.1.255.255", "::ffff:10.1.2.3", "192.168.5.7", "fd12::1"],
+)
+def test_peers_that_may_come_in(address: str) -> None:
+    PeerPolicy(OPEN).check(address)
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["10.2.0.0", "192.168.5.8", "8.8.8.8", "::ffff:8.8.8.8", "fe80::1", "", "localhost", "10.1.0.0/16", "10.1.2"],
+)
+def test_peers_that_may_not(address: str) -> None:
+    policy = PeerPolicy(OPEN)
+    for _ in range(2):
+        with pytest.raises(AccessDenied, match="insecure_peers"):
+            policy.check(address)
+
+
+def test_networks_count_only_when_plaintext_is_allowed() -> None:
+    policy = PeerPolicy(SecuritySettings(allow_insecure=False, insecure_peers=("10.1.0.0/16",)))
+    policy.check("127.0.0.1")
+    with pytest.raises(AccessDenied):
+        policy.check("10.1.2.3")
+
+
+def test_what_is_remembered_of_peers_is_bounded() -> None:
+    policy = PeerPolicy(OPEN)
+    for number in range(25_000):
+        policy.check(f"10.1.{number // 256 % 256}.{number % 256}")
+    assert len(policy._known) <= 10_001
