@@ -1,0 +1,212 @@
+"""Groups of requests: each is one transaction, run as one function."""
+
+from __future__ import annotations
+
+import math
+import sqlite3
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+from memory_system.errors import (
+    DeadlineExceeded,
+    InternalError,
+    MemorySystemError,
+    ShuttingDown,
+    StorageFailed,
+    StorageFull,
+)
+from memory_system.log import get_logger
+from memory_system.settings import LifecycleSettings, StorageSettings
+from memory_system.storage import idempotency
+from memory_system.storage.context import Reply, WriteContext
+from memory_system.storage.jobs import Lanes, WriteJob
+from memory_system.storage.rows import RecordView
+
+log = get_logger("storage.group")
+
+# A failed sync may have dropped dirty pages, and a later one can seem to succeed: only a restart tells the truth.
+SYNC_ERRORS: Final = frozenset({sqlite3.SQLITE_IOERR_FSYNC, sqlite3.SQLITE_IOERR_DIR_FSYNC})
+
+
+@dataclass(slots=True)
+class Outcome:
+    job: WriteJob
+    reply: Reply | None = None
+    error: Exception | None = None
+    context: WriteContext | None = None
+
+
+@dataclass(slots=True)
+class Group:
+    """One transaction. `sequences`: commit_seq of the namespaces that it changed, and `sequences_before` it."""
+
+    outcomes: list[Outcome] = field(default_factory=list)
+    sequences_before: dict[str, int] = field(default_factory=dict)
+    sequences: dict[str, int] = field(default_factory=dict)
+
+
+class GroupRunner:
+    """Takes jobs from their lanes and commits them together. Used by the writer's thread alone.
+
+    `sequences`: commit_seq by namespace, as it will be when the running group commits.
+    """
+
+    def __init__(
+        self,
+        db: sqlite3.Connection,
+        settings: StorageSettings,
+        lifecycle: LifecycleSettings,
+        clock: Callable[[], float],
+    ) -> None:
+        self._db = db
+        self._settings = settings
+        self._lifecycle = lifecycle
+        self._view = RecordView(lifecycle)
+        self._clock = clock
+        self._sequences: dict[str, int] = dict(db.execute("SELECT namespace, commit_seq FROM namespaces").fetchall())
+        self.ends_s = math.inf  # monotonic; what has not begun by then is refused
+
+    @property
+    def sequences(self) -> dict[str, int]:
+        return dict(self._sequences)
+
+    def run(self, waiting: Lanes) -> Group:
+        """Run and commit the next group; its outcomes tell what became of each request.
+
+        Raises sqlite3.Error when it was the sync that failed: the group may be found committed after a restart, so its
+        requests are to be left unanswered, and their callers ask again under the same request_id.
+        """
+        group = Group()
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            if not self._run_jobs(group, waiting):
+                self._run_again(group)
+            self._finish(group)
+            if not self._db.in_transaction:
+                raise sqlite3.OperationalError("the transaction was rolled back")
+            self._db.execute("COMMIT")
+        except sqlite3.Error as error:
+            if getattr(error, "sqlite_errorcode", None) in SYNC_ERRORS:
+                raise
+            self._fail(group, waiting, error)
+        return group
+
+    def _run_jobs(self, group: Group, waiting: Lanes) -> bool:
+        """Run waiting jobs until the group is full in jobs, rows or time; what is left forms the next group.
+
+        Without savepoints: FTS5 writes out its buffer at each of them, which is 43 of 110 us for a row. Returns False
+        when a job failed after it had written, so that its part has to be taken back.
+        """
+        began = time.monotonic()
+        rows = 0
+        while waiting and len(group.outcomes) < self._settings.group_jobs:
+            full = rows + waiting.first().rows > self._settings.group_rows
+            if group.outcomes and (full or (time.monotonic() - began) * 1000.0 > self._settings.group_ms):
+                break
+            outcome = Outcome(waiting.pop())
+            group.outcomes.append(outcome)
+            before = self._db.total_changes
+            self._run_job(outcome, group)
+            if outcome.error is not None and self._db.total_changes != before:
+                return False
+            rows += outcome.job.rows
+        return True
+
+    def _run_again(self, group: Group) -> None:
+        """Begin the group anew, each job in a savepoint of its own."""
+        self._db.execute("ROLLBACK")
+        self._sequences.update(group.sequences_before)
+        group.sequences_before.clear()
+        self._db.execute("BEGIN IMMEDIATE")
+        for outcome in group.outcomes:
+            outcome.reply, outcome.error, outcome.context = None, None, None
+            self._db.execute("SAVEPOINT request")
+            self._run_job(outcome, group)
+            if outcome.error is not None:
+                self._db.execute("ROLLBACK TO request")
+            self._db.execute("RELEASE request")
+
+    def _finish(self, group: Group) -> None:
+        """What the jobs have in common is written at once: the log of changes, and the namespaces' numbers."""
+        done = [outcome.context for outcome in group.outcomes if outcome.context is not None]
+        self._db.executemany(
+            "INSERT INTO index_log (row_id, op) VALUES (?, ?)", [entry for context in done for entry in context.log]
+        )
+        group.sequences = {name: self._sequences[name] for name in group.sequences_before}
+        self._db.executemany(
+            "INSERT INTO namespaces (namespace, commit_seq) VALUES (?, ?) "
+            "ON CONFLICT (namespace) DO UPDATE SET commit_seq = excluded.commit_seq",
+            group.sequences.items(),
+        )
+
+    def _run_job(self, outcome: Outcome, group: Group) -> None:
+        job = outcome.job
+        before = self._sequences.get(job.namespace, 0)
+        try:
+            outcome.reply, outcome.context = self._apply(job)
+            if self._sequences.get(job.namespace, 0) != before:
+                group.sequences_before.setdefault(job.namespace, before)
+        except MemorySystemError as error:
+            outcome.error = error
+        except sqlite3.Error as error:
+            if not self._db.in_transaction or _is_storage_failure(error):
+                raise
+            log.error("write_failed", error=repr(error), request_id=job.request_id)
+            outcome.error = StorageFailed(f"the database refused the write: {error}")
+        except Exception as error:  # a defect in one operation must not take the group, or the service
+            log.error("operation_failed", error=repr(error), request_id=job.request_id, exc_info=error)
+            outcome.error = InternalError("the service failed at this request; its log has the details")
+        if outcome.error is not None:
+            self._sequences[job.namespace] = before
+
+    def _apply(self, job: WriteJob) -> tuple[Reply, WriteContext]:
+        context = WriteContext(self._db, self._clock(), job.namespace, self._lifecycle, self._view)
+        context.changes.caller = (job.namespace, job.caller)
+        if job.key is not None:
+            stored = idempotency.replay(context, job.key)
+            if stored is not None:
+                return stored, context
+        now_s = time.monotonic()
+        if now_s > self.ends_s:
+            raise restarting()
+        if job.deadline_s is not None and now_s > job.deadline_s:
+            raise DeadlineExceeded("the deadline passed before the write began; nothing was done")
+        reply = job.run(context)
+        if job.counted:
+            self._sequences[job.namespace] = self._sequences.get(job.namespace, 0) + 1
+            reply["commit_seq"] = self._sequences[job.namespace]
+        if job.key is not None:
+            idempotency.store(context, job.key, reply)
+        return reply, context
+
+    def _fail(self, group: Group, waiting: Lanes, error: sqlite3.Error) -> None:
+        """Nothing of the group was kept: every request of it gets the named error."""
+        if self._db.in_transaction:
+            self._db.execute("ROLLBACK")
+        if not group.outcomes:  # not even BEGIN went through; who waits is told, and can decide
+            group.outcomes = [Outcome(job) for job in waiting.take_all()]
+        self._sequences.update(group.sequences_before)
+        named = _named(error)
+        log.error("group_failed", error=repr(error), requests=len(group.outcomes), code=named.code)
+        for outcome in group.outcomes:
+            outcome.reply, outcome.context = None, None
+            outcome.error = outcome.error or named
+        group.sequences = {}
+
+
+def restarting() -> MemorySystemError:
+    """For requests that never began: nothing was done, and the same call will do after the restart."""
+    return ShuttingDown("the store takes no writes any more; the service restarts", retry_after_ms=500)
+
+
+def _is_storage_failure(error: sqlite3.Error) -> bool:
+    primary = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    return primary in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+
+def _named(error: sqlite3.Error) -> MemorySystemError:
+    if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL:
+        return StorageFull("the disk of the store is full: nothing was written; reads go on")
+    return StorageFailed(f"the database reported an error, nothing was written: {error}")

@@ -1,0 +1,78 @@
+"""Bringing an older database to schema.sql: one transaction a step, after a backup.
+
+To change the schema: edit schema.sql, raise its user_version, and append the step that leads there to STEPS.
+A test upgrades every older schema that is kept in tests/data and compares the result with schema.sql.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from pathlib import Path
+from typing import Final
+
+from memory_system.errors import StorageFailed
+
+SCHEMA_FILE: Final = Path(__file__).resolve().parents[2] / "schema.sql"
+
+# STEPS[i] leads from user_version i + 1 to i + 2.
+STEPS: Final[tuple[str, ...]] = ()
+CURRENT_VERSION: Final = len(STEPS) + 1
+
+
+def schema_text() -> str:
+    return SCHEMA_FILE.read_text(encoding="utf-8")
+
+
+def check_version(path: Path, version: int, current: int = CURRENT_VERSION) -> None:
+    """Raise StorageFailed for a database of a newer schema, which is to be left as it is."""
+    if version > current:
+        raise StorageFailed(
+            f"{path} has schema version {version}, this program knows up to {current}; "
+            f"start the newer version of the program, or set storage.path to another file"
+        )
+
+
+def migrate(db: sqlite3.Connection, path: Path, version: int, steps: tuple[str, ...] = STEPS) -> None:
+    """Run the steps that `version` lacks, if any. Raises StorageFailed for a newer schema."""
+    current = len(steps) + 1
+    check_version(path, version, current)
+    if version == current:
+        return
+    back_up(db, path.with_name(f"{path.name}.v{version}.backup"))
+    for number in range(version, current):
+        _step(db, steps[number - 1], number + 1)
+
+
+def _step(db: sqlite3.Connection, script: str, version: int) -> None:
+    try:
+        db.executescript(f"BEGIN IMMEDIATE;\n{script}\nPRAGMA user_version = {version};\nCOMMIT;")
+    except BaseException:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        raise
+
+
+def back_up(db: sqlite3.Connection, target: Path) -> None:
+    """A verified copy of the database at `target`: written aside, synced, then renamed."""
+    aside = target.with_name(target.name + ".partial")
+    aside.unlink(missing_ok=True)
+    db.execute("VACUUM INTO ?", (str(aside),))
+    with sqlite3.connect(aside) as copy:
+        verdict = copy.execute("PRAGMA quick_check").fetchone()[0]
+    copy.close()
+    if verdict != "ok":
+        raise StorageFailed(f"the backup {aside} is damaged ({verdict}); the database was not changed")
+    with aside.open("rb") as file:
+        os.fsync(file.fileno())
+    aside.replace(target)
+    sync_folder(target.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename durable."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
