@@ -1,0 +1,97 @@
+"""What the index reads from the database: rows with their valid vectors, and the log of changes."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Final
+
+from memory_system.search.columns import Row
+
+LOAD_BATCH: Final = 2000
+# SQLite's limit on bound parameters is far higher; this keeps one slice of work short.
+LOG_BATCH: Final = 256
+
+Entry = tuple[Row, bytes | None]
+"""A row and its vector (float32, little-endian), None when it has none for its present content and the model."""
+
+
+@contextmanager
+def snapshot(conn: sqlite3.Connection) -> Iterator[None]:
+    """One read transaction: all statements inside see the same state."""
+    conn.execute("BEGIN")
+    try:
+        conn.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone()  # the state is fixed by the first read
+        yield
+    finally:
+        conn.rollback()
+
+
+def store_epoch(conn: sqlite3.Connection) -> str:
+    row = conn.execute("SELECT value FROM meta WHERE key = 'store_epoch'").fetchone()
+    return row[0] if row else ""
+
+
+def last_seq(conn: sqlite3.Connection) -> int:
+    """The last seq ever given out, whether or not its log row has been pruned."""
+    row = conn.execute("SELECT seq FROM sqlite_sequence WHERE name = 'index_log'").fetchone()
+    return row[0] if row else 0
+
+
+def read_log(conn: sqlite3.Connection, after_seq: int) -> list[tuple[int, int, str]]:
+    """Up to LOG_BATCH changes (seq, row_id, op) after a seq, oldest first."""
+    sql = "SELECT seq, row_id, op FROM index_log WHERE seq > ? ORDER BY seq LIMIT ?"
+    return conn.execute(sql, (after_seq, LOG_BATCH)).fetchall()
+
+
+def _select(with_metadata: bool) -> str:
+    return (
+        "SELECT m.row_id, m.namespace, m.memory_type, m.memory_tier, m.state, m.expires_at, m.parent_id, m.session_id,"
+        f" m.user_id, m.content_digest, {'m.metadata' if with_metadata else 'NULL'},"
+        " CASE WHEN e.digest = m.content_digest AND e.model_id = ? THEN e.vector END"
+        " FROM memories AS m LEFT JOIN embeddings AS e ON e.row_id = m.row_id WHERE m.memory_type <> 'session'"
+    )
+
+
+def read_all(conn: sqlite3.Connection, model_id: str | None, with_metadata: bool) -> Iterator[list[Entry]]:
+    """Every row that can be searched, in batches, in the order of row ids."""
+    cursor = conn.execute(f"{_select(with_metadata)} ORDER BY m.row_id", (model_id,))
+    while batch := cursor.fetchmany(LOAD_BATCH):
+        yield [_entry(row) for row in batch]
+
+
+def read_rows(
+    conn: sqlite3.Connection, row_ids: Sequence[int], model_id: str | None, with_metadata: bool
+) -> dict[int, Entry]:
+    """Those of the rows that exist and can be searched."""
+    marks = ", ".join("?" * len(row_ids))
+    rows = conn.execute(f"{_select(with_metadata)} AND m.row_id IN ({marks})", (model_id, *row_ids))
+    return {row[0]: _entry(row) for row in rows}
+
+
+def read_digests(conn: sqlite3.Connection, namespace: str, row_ids: Sequence[int]) -> dict[int, bytes]:
+    """The content digests of those of the rows that are in the namespace and can be searched."""
+    sql = (
+        f"SELECT row_id, content_digest FROM memories WHERE row_id IN ({', '.join('?' * len(row_ids))})"
+        " AND namespace = ? AND memory_type <> 'session'"
+    )
+    return dict(conn.execute(sql, (*row_ids, namespace)))
+
+
+def count_pending(conn: sqlite3.Connection, namespace: str, model_id: str | None) -> int:
+    """How many rows of a namespace have no valid vector, where the index cannot tell."""
+    sql = (
+        "SELECT count(*) FROM memories AS m LEFT JOIN embeddings AS e ON e.row_id = m.row_id AND e.model_id = ?"
+        " AND e.digest = m.content_digest"
+        " WHERE m.namespace = ? AND m.memory_type <> 'session' AND e.row_id IS NULL"
+    )
+    (count,) = conn.execute(sql, (model_id, namespace)).fetchone()
+    return int(count)
+
+
+def _entry(row: tuple[Any, ...]) -> Entry:
+    *fields, metadata, vector = row
+    fields.append(None if metadata is None else json.loads(metadata))
+    return Row(*fields), vector

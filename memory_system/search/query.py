@@ -1,0 +1,62 @@
+"""What is asked of the search engine, and what it answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from memory_system.filters import MATCH_ALL, Filter
+from memory_system.search.scope import Scope
+from memory_system.search.vectors import Vectors
+
+
+@dataclass(frozen=True, slots=True)
+class SearchQuery:
+    """What to search for. `vector` is that of `text`, made by `vector_model`; `now_s` is epoch seconds."""
+
+    namespace: str
+    text: str
+    now_s: float
+    mode: Literal["hybrid", "dense", "keyword"] = "hybrid"
+    k: int = 10
+    offset: int = 0
+    vector: Vectors | None = None
+    vector_model: str | None = None
+    filter: Filter = MATCH_ALL
+    include_archived: bool = False
+    min_score: float | None = None
+    explain: bool = False
+    exclude_row_id: int | None = None
+
+    @property
+    def scope(self) -> Scope:
+        return Scope(self.namespace, self.now_s, self.filter, self.include_archived)
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """`similarity`: cosine, None without a vector; `keyword`: share of the query's idf found, None in dense mode."""
+
+    row_id: int
+    digest: bytes  # of the content that was judged
+    score: float
+    similarity: float | None
+    keyword: float | None
+    parts: dict[str, float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SearchOutcome:
+    """`pending`: memories of the namespace without a vector. `candidates`: the size of the pool ranked.
+
+    `reason` says why the outcome is `degraded`: index_loading, index_failed, no_query_vector, other_model, no_vector.
+    """
+
+    hits: list[Hit]
+    pending: int
+    candidates: int
+    reason: str | None = None
+
+    @property
+    def degraded(self) -> bool:
+        return self.reason is not None

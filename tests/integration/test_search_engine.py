@@ -1,0 +1,308 @@
+"""Searches over a real database file: scope, freshness, fusion, degradation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from memory_system.filters import parse_filter
+from memory_system.search.engine import SearchEngine, SearchOutcome, SearchQuery
+from memory_system.search.index import SearchIndex
+from memory_system.settings import LifecycleSettings, SearchSettings
+from tests.support.search_store import DIMENSION, MODEL, NOW_S, SearchStore, open_store, unit_vectors, wait_until
+
+SETTINGS = SearchSettings(filterable_metadata=("topic",))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[SearchStore]:
+    yield from open_store(tmp_path / "memory.db")
+
+
+Start = Callable[..., tuple[SearchIndex, SearchEngine]]
+
+
+@pytest.fixture
+def start(store: SearchStore) -> Iterator[Start]:
+    with ExitStack() as stack:
+
+        def begin(
+            settings: SearchSettings = SETTINGS, model: str | None = MODEL, **callbacks: Any
+        ) -> tuple[SearchIndex, SearchEngine]:
+            index = SearchIndex(settings, store.path, store.connect, **callbacks)
+            if model:
+                index.set_model(model, DIMENSION)
+            engine = SearchEngine(settings, LifecycleSettings(), store.path, index, store.connect)
+            stack.callback(index.close)
+            stack.callback(engine.close)
+            index.start()
+            caught_up(store, index)
+            return index, engine
+
+        yield begin
+
+
+def caught_up(store: SearchStore, index: SearchIndex) -> None:
+    index.notify()
+    wait_until(lambda: index.state == "ready" and index.applied_seq == store.last_seq())
+
+
+def query(text: str = "", vector: np.ndarray | None = None, **fields: Any) -> SearchQuery:
+    if isinstance(fields.get("filter"), dict):
+        fields["filter"] = parse_filter(fields["filter"])
+    return SearchQuery("default", text, NOW_S, vector=vector, vector_model=MODEL, **fields)
+
+
+def ids(outcome: SearchOutcome) -> list[int]:
+    return [hit.row_id for hit in outcome.hits]
+
+
+VECTORS = unit_vectors(64)
+
+
+def test_hybrid_finds_by_word_and_by_meaning(store: SearchStore, start: Start) -> None:
+    word = store.add("the heron landed on the pier", VECTORS[0])
+    meaning = store.add("a bird by the water", VECTORS[1])
+    store.add("tax forms for the year", VECTORS[2])
+    _, engine = start()
+    outcome = engine.search(query("where is the heron", VECTORS[1], k=2, explain=True))
+    assert set(ids(outcome)) == {word, meaning} and not outcome.degraded and outcome.pending == 0
+    by_id = {hit.row_id: hit for hit in outcome.hits}
+    assert by_id[meaning].similarity == pytest.approx(1.0, abs=1e-5) and by_id[meaning].keyword == 0.0
+    assert by_id[word].similarity == pytest.approx(float(VECTORS[0] @ VECTORS[1]), abs=1e-5)
+    assert by_id[word].keyword == pytest.approx(1.0)
+    assert set(by_id[word].parts or {}) == {"dense", "keyword", "bm25"}
+
+
+def test_keyword_share_is_of_the_query_idf(store: SearchStore, start: Start) -> None:
+    for n in range(20):
+        store.add(f"common thing {n}", VECTORS[n])
+    rare = store.add("zebra", VECTORS[20])
+    both = store.add("common Zèbras", VECTORS[21])
+    _, engine = start()
+    outcome = engine.search(query("common zebra", mode="keyword", k=30))
+    shares = {hit.row_id: hit.keyword or 0.0 for hit in outcome.hits}
+    assert shares[both] == pytest.approx(1.0)
+    assert 0.7 < shares[rare] < 1.0 and shares[1] == pytest.approx(1.0 - shares[rare])
+    assert not outcome.degraded and {hit.similarity is None for hit in outcome.hits} == {True}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '"',
+        'a" OR "b',
+        "NEAR(heron)",
+        "heron AND NOT pier",
+        "content:heron",
+        "heron*",
+        "^heron",
+        "-",
+        "",
+        "\0 x",
+        "日本",
+    ],
+)
+def test_query_text_is_never_syntax(store: SearchStore, start: Start, text: str) -> None:
+    heron = store.add("heron", VECTORS[0])
+    _, engine = start()
+    outcome = engine.search(query(text, mode="keyword"))
+    assert ids(outcome) in ([], [heron])
+
+
+def test_stop_words_count_when_there_is_nothing_else(store: SearchStore, start: Start) -> None:
+    to_be = store.add("to be or not to be", VECTORS[0])
+    store.add("heron", VECTORS[1])
+    _, engine = start()
+    assert ids(engine.search(query("to be", mode="keyword"))) == [to_be]
+    assert ids(engine.search(query("is the heron not to be", mode="keyword"))) != [to_be]
+
+
+def test_keyword_search_sees_a_write_at_once(store: SearchStore, start: Start) -> None:
+    index, engine = start()
+    row = store.add("fresh heron")
+    outcome = engine.search(query("heron", VECTORS[0]))
+    assert ids(outcome) == [row] and outcome.hits[0].similarity is None and outcome.pending == 1
+    store.embed(row, VECTORS[0])
+    caught_up(store, index)
+    outcome = engine.search(query("heron", VECTORS[0]))
+    assert outcome.hits[0].similarity == pytest.approx(1.0, abs=1e-5) and outcome.pending == 0
+
+
+class Paused(SearchIndex):
+    """An index whose thread is held back on demand: the database runs ahead of it."""
+
+    paused = False
+
+    def _apply(self, conn: Any, view: Any) -> bool:
+        return False if self.paused else super()._apply(conn, view)
+
+
+def test_changes_that_the_index_has_not_seen_are_respected(store: SearchStore) -> None:
+    rows = [store.add(f"text {n}", VECTORS[n]) for n in range(6)]
+    index = Paused(SETTINGS, store.path, store.connect)
+    index.set_model(MODEL, DIMENSION)
+    engine = SearchEngine(SETTINGS, LifecycleSettings(), store.path, index, store.connect)
+    index.start()
+    try:
+        caught_up(store, index)
+        index.paused = True
+        store.delete(rows[0])
+        store.update(rows[1], state="archived")
+        store.update(rows[2], content="entirely new")  # its vector is of the old text
+        store.update(rows[3], expires_at=NOW_S - 1)
+        store.update(rows[4], memory_type="episode")
+        dense = query("", VECTORS[0], mode="dense", k=6)
+        assert set(ids(engine.search(dense))) == {rows[4], rows[5]}
+        assert engine.search(dense).pending == 1
+        assert ids(engine.search(replace(dense, filter=parse_filter({"memory_type": "episode"})))) == [rows[4]]
+        hybrid = engine.search(query("entirely new", VECTORS[2], k=6))
+        assert hybrid.hits[0].row_id == rows[2] and hybrid.hits[0].similarity is None
+    finally:
+        engine.close()
+        index.close()
+
+
+def test_deleting_updating_archiving_expiring(store: SearchStore, start: Start) -> None:
+    rows = [store.add(f"heron {n}", VECTORS[n]) for n in range(5)]
+    index, engine = start()
+    store.delete(rows[0])
+    store.update(rows[1], state="archived")
+    store.update(rows[2], expires_at=NOW_S)
+    store.update(rows[3], content="egret")
+    caught_up(store, index)
+    for mode in ("hybrid", "dense", "keyword"):
+        expected = {rows[4]}
+        assert set(ids(engine.search(query("heron", VECTORS[0], mode=mode)))) == expected
+        archived = engine.search(query("heron", VECTORS[0], mode=mode, include_archived=True))
+        assert set(ids(archived)) == expected | {rows[1]}
+    assert index.pending("default") == 1 and not index.has_vector(rows[3]) and index.has_vector(rows[4])
+    store.embed(rows[3], VECTORS[3])
+    caught_up(store, index)
+    assert rows[3] in ids(engine.search(query("", VECTORS[3], mode="dense")))
+
+
+def test_namespaces_and_sessions_stay_apart(store: SearchStore, start: Start) -> None:
+    mine = store.add("heron", VECTORS[0])
+    store.add("heron", VECTORS[0], namespace="other")
+    store.add("heron", VECTORS[0], memory_type="session")
+    _, engine = start()
+    for mode in ("hybrid", "dense", "keyword"):
+        assert ids(engine.search(query("heron", VECTORS[0], mode=mode))) == [mine]
+
+
+FILTERS: list[dict[str, Any]] = [
+    {"memory_type": "even"},
+    {"not": {"memory_type": "even"}},
+    {"user_id": {"in": ["u1", None]}},
+    {"user_id": {"contains": "2"}},
+    {"metadata.topic": {"in": ["birds", 3]}},
+    {"metadata.topic": {"exists": False}},
+    {"metadata.topic": {"contains": "bird"}},
+    {"metadata.other.deep": {"gt": 10}},  # not held in memory: by SQL
+    {"or": [{"metadata.other.deep": 3}, {"user_id": "u0"}]},
+    {"tags": {"any": ["t1"]}},
+    {"importance": {"gte": 0.5}},
+    {"expires_at": {"gt": NOW_S + 5}},
+    {"expires_at": {"in": [NOW_S + 10, None]}},
+    {"expires_at": {"nin": [NOW_S + 10]}},
+    {"expires_at": {"ne": None}},
+    {"session_id": "nobody"},
+]
+
+
+def test_a_filter_means_the_same_set_on_both_sides(store: SearchStore, start: Start) -> None:
+    topics = ["birds", "a bird", 3, 3.0, None, ["birds"], ["bird"], {"x": 1}]
+    for n in range(60):
+        metadata: dict[str, Any] = {"topic": topics[n % 8], "other": {"deep": n}} if n % 9 else {}
+        store.add(
+            f"heron {n}", VECTORS[n], memory_type="even" if n % 2 == 0 else "odd", metadata=metadata,
+            user_id=None if n % 5 == 0 else f"u{n % 3}", tags=[f"t{n % 4}"], importance=(n % 10) / 10,
+            expires_at=None if n % 3 else NOW_S + n - 6,
+        )  # fmt: skip
+    _, engine = start()
+    sizes = set()
+    for raw in FILTERS:
+        found = [
+            set(ids(engine.search(query("heron", VECTORS[0], mode=m, k=60, filter=raw)))) for m in ("dense", "keyword")
+        ]
+        assert found[0] == found[1], raw
+        sizes.add(len(found[0]))
+    assert len(sizes) > 5  # the filters tell rows apart
+
+
+def test_a_filter_that_lets_few_pass_never_starves(store: SearchStore, start: Start) -> None:
+    vectors = unit_vectors(30_000)
+    rows = store.add_many([f"heron {n}" for n in range(30_000)], vectors)
+    worst = np.argsort(vectors @ vectors[0])[:5]
+    wanted = {rows[n] for n in worst}
+    for row in wanted:
+        store.update(row, memory_type="rare", metadata='{"kind": "rare"}')
+    _, engine = start(replace(SETTINGS, exact_max=1000, hnsw_m=8, hnsw_ef_construction=20))
+    for raw in ({"memory_type": "rare"}, {"metadata.kind": "rare"}):
+        for mode in ("hybrid", "dense", "keyword"):
+            assert set(ids(engine.search(query("heron", vectors[0], mode=mode, filter=raw)))) == wanted
+
+
+def test_floors_apply_to_absolute_figures(store: SearchStore, start: Start) -> None:
+    near = store.add("heron on the pier", VECTORS[0])
+    word = store.add("heron", VECTORS[1])
+    store.add("unrelated", VECTORS[2])
+    _, engine = start()
+    assert ids(engine.search(query("heron", VECTORS[0], mode="dense", min_score=0.9))) == [near]
+    assert set(ids(engine.search(query("heron", VECTORS[0], min_score=0.9)))) == {near, word}
+    assert ids(engine.search(query("heron", VECTORS[0], min_score=0.9, k=1, offset=1))) in ([near], [word])
+    assert ids(engine.search(query("heron egret", VECTORS[2], mode="keyword", min_score=0.99))) == []
+
+
+def test_pages_join_without_gap(store: SearchStore, start: Start) -> None:
+    for n in range(40):
+        store.add(f"heron {'pier ' * (n % 7)}", VECTORS[n])
+    _, engine = start()
+    whole = ids(engine.search(query("heron pier", VECTORS[3], k=40)))
+    paged = [
+        row for at in range(0, 40, 7) for row in ids(engine.search(query("heron pier", VECTORS[3], k=7, offset=at)))
+    ]
+    assert paged == whole and len(set(whole)) == 40
+
+
+def test_without_a_vector_the_words_answer(store: SearchStore, start: Start) -> None:
+    row = store.add("heron", VECTORS[0])
+    index, engine = start(model=None)
+    outcome = engine.search(query("heron"))
+    assert ids(outcome) == [row] and outcome.reason == "no_query_vector" and outcome.pending == 1
+    assert engine.search(query("heron", VECTORS[0])).reason == "index_loading"
+    index.set_model(MODEL, DIMENSION)
+    wait_until(lambda: index.has_vector(row))
+    assert engine.search(query("heron", VECTORS[0])).reason is None
+    other = replace(query("heron", VECTORS[0]), vector_model="model-b")
+    assert engine.search(other).reason == "other_model"
+    assert engine.search(query("heron", unit_vectors(1, 8)[0])).reason == "other_model"
+    assert engine.search(query("heron", np.zeros(DIMENSION, np.float32))).reason == "no_query_vector"
+
+
+def test_an_index_that_has_not_started_is_no_obstacle(store: SearchStore) -> None:
+    row = store.add("heron", VECTORS[0])
+    index = SearchIndex(SETTINGS, store.path, store.connect)
+    index.set_model(MODEL, DIMENSION)
+    engine = SearchEngine(SETTINGS, LifecycleSettings(), store.path, index, store.connect)
+    outcome = engine.submit(query("heron", VECTORS[0])).result(10)
+    assert ids(outcome) == [row] and outcome.degraded and outcome.pending == 0
+    engine.close()
+
+
+def test_similar_leaves_the_memory_itself_out(store: SearchStore, start: Start) -> None:
+    rows = [store.add(f"text {n}", VECTORS[n]) for n in range(8)]
+    bare = store.add("no vector")
+    _, engine = start()
+    outcome = engine.submit_similar(query(k=3), rows[2]).result(10)
+    order = [rows[n] for n in np.argsort(-(VECTORS[:8] @ VECTORS[2])) if n != 2]
+    assert ids(outcome) == order[:3] and outcome.hits[0].keyword is None
+    missing = engine.similar(query(k=3), bare)
+    assert missing.reason == "no_vector" and missing.hits == []
