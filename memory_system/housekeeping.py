@@ -1,0 +1,99 @@
+"""What the service does by the clock: flushing access counts, dropping old idempotency keys and applied log entries."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
+from typing import Final
+
+from memory_system.access import AccessBuffer, Accesses
+from memory_system.errors import MemorySystemError
+from memory_system.log import get_logger
+from memory_system.settings import StorageSettings
+from memory_system.storage import idempotency, memories, vectors
+from memory_system.storage.context import Reply, WriteContext
+from memory_system.storage.jobs import WriteJob
+from memory_system.storage.writer import Writer
+
+log = get_logger("housekeeping")
+
+_PRUNE_S: Final = 60.0
+_LOG_KEPT: Final = 1_000
+_ACCESS_ROWS: Final = 2_000
+_PRUNE_ROWS: Final = 1_000
+
+
+class Housekeeping:
+    """Periodic upkeep in small writes. `applied_seq()`: up to where every index has followed the log."""
+
+    def __init__(
+        self, writer: Writer, settings: StorageSettings, accesses: AccessBuffer, applied_seq: Callable[[], int]
+    ) -> None:
+        self._writer = writer
+        self._settings = settings
+        self._accesses = accesses
+        self._applied_seq = applied_seq
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        self._tasks = [
+            asyncio.create_task(_every(self._settings.access_flush_s, self.flush_accesses), name="access-flush"),
+            asyncio.create_task(_every(_PRUNE_S, self.prune), name="prune"),
+        ]
+
+    async def close(self) -> None:
+        """Stop, and write the accesses that are still buffered."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks = []
+        try:
+            await self.flush_accesses()
+        except MemorySystemError as error:
+            log.warning("access_flush_failed", error=error.message)
+
+    async def flush_accesses(self) -> None:
+        """Write what was counted since the last flush, in slices."""
+        taken = self._accesses.take()
+        try:
+            for part in _slices(taken):
+                await self._run(partial(memories.flush_accesses, accesses=part), rows=len(part))
+                for row_id in part:
+                    del taken[row_id]
+        except MemorySystemError:
+            self._accesses.put_back(taken)
+            raise
+
+    async def prune(self) -> None:
+        """Drop idempotency keys past their time and log entries that are applied."""
+        before_s = time.time() - self._settings.idempotency_ttl_h * 3600.0
+        await self._repeat(partial(idempotency.prune, before_s=before_s))
+        up_to_seq = self._applied_seq() - _LOG_KEPT
+        if up_to_seq > 0:
+            await self._repeat(partial(vectors.prune_log, up_to_seq=up_to_seq))
+
+    async def _repeat(self, run: Callable[[WriteContext], Reply]) -> None:
+        """Prune slice by slice, so that requests get in between."""
+        pruned = 1
+        while pruned:
+            pruned = (await self._run(run, rows=_PRUNE_ROWS))["pruned"]
+
+    async def _run(self, run: Callable[[WriteContext], Reply], rows: int) -> Reply:
+        return await self._writer.submit(WriteJob(run, "", rows=rows, counted=False))
+
+
+async def _every(interval_s: float, work: Callable[[], Awaitable[None]]) -> None:
+    while True:
+        await asyncio.sleep(interval_s)
+        try:
+            await work()
+        except Exception as error:  # noqa: BLE001  it is tried again at the next turn
+            log.warning("housekeeping_failed", work=getattr(work, "__name__", "?"), error=repr(error))
+
+
+def _slices(accesses: Accesses) -> Iterator[Accesses]:
+    items = list(accesses.items())
+    for start in range(0, len(items), _ACCESS_ROWS):
+        yield dict(items[start : start + _ACCESS_ROWS])

@@ -1,0 +1,244 @@
+"""Builds the service from its settings and owns the life of every part."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+from memory_system.access import AccessBuffer
+from memory_system.cache import make_caches
+from memory_system.dispatch import Dispatcher, Handler
+from memory_system.embedding import EmbedderState, EmbeddingQueue, Vectors, make_embedder
+from memory_system.errors import CannotStart
+from memory_system.housekeeping import Housekeeping
+from memory_system.log import get_logger
+from memory_system.protocol import ACTIONS
+from memory_system.search.engine import SearchEngine
+from memory_system.search.index import SearchIndex
+from memory_system.service.health import HealthService
+from memory_system.service.own_writes import OwnWrites
+from memory_system.service.reading import ReadingService
+from memory_system.service.searching import SearchingService
+from memory_system.service.writing import WritingService
+from memory_system.settings import Settings
+from memory_system.storage import vectors
+from memory_system.storage.context import Changes
+from memory_system.storage.database import StoreLock, connect_reader, open_store, store_epoch
+from memory_system.storage.jobs import WriteJob
+from memory_system.storage.queries import Queries
+from memory_system.storage.readers import Readers
+from memory_system.storage.rows import RecordView
+from memory_system.storage.writer import Writer
+
+log = get_logger("runtime")
+
+# A large batch would push out what is read often, and hold up the loop while it does.
+_CACHED_AT_ONCE: Final = 64
+
+
+class Runtime:
+    """Everything behind the socket. `start` opens the store and begins to load the rest; `close` flushes and stops."""
+
+    dispatcher: Dispatcher
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        on_fatal: Callable[[Exception], None],
+        health: Callable[[], Mapping[str, Any]],
+    ) -> None:
+        self._settings = settings
+        self._on_fatal = on_fatal
+        self._health = health
+        self._path = Path(settings.storage.path)
+        self._closers: list[Callable[[], Any]] = []
+
+    async def start(self) -> None:
+        """Raises MemorySystemError when the store cannot be opened; `close` is to be called all the same."""
+        self._loop = asyncio.get_running_loop()
+        self._open_store()
+        self._caches = make_caches(self._settings.cache, self._settings.redis)
+        self._closers.append(self._caches.close)
+        self._readers = Readers(self._path, self._settings.storage.readers, self._settings.limits.query_s)
+        self._closers.append(self._readers.close)
+        self._build_search()
+        self._build_services()
+        await self._readers.start()
+        await self._caches.start()
+        self._index.start()
+        self._embedding.start()
+        await self._embedder.start()
+        self._housekeeping.start()
+        self._closers.append(self._housekeeping.close)
+
+    def stop_writing_after(self, seconds: float) -> None:
+        """Writes that have not begun by then are refused."""
+        self._writer.stop_after(seconds)
+
+    async def close(self) -> None:
+        """Stop every part in the reverse order of its start; may be called twice, and after a failed start."""
+        while self._closers:
+            try:
+                result = self._closers.pop()()
+                if result is not None:
+                    await result
+            except Exception:  # one part that cannot close must not keep the rest from flushing
+                log.exception("close_failed")
+
+    def _open_store(self) -> None:
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            lock = StoreLock(self._path)
+        except OSError as error:
+            raise CannotStart(
+                f"the store {self._path} cannot be opened: {error.strerror}; set storage.path to a writable place"
+            ) from error
+        self._closers.append(lock.release)
+        db = open_store(self._path, self._settings.storage.synchronous)
+        self._epoch = store_epoch(db)
+        self._writer = Writer(
+            db,
+            self._settings.storage,
+            self._settings.lifecycle,
+            on_commit=self._on_commit,
+            on_fatal=self._on_fatal,
+        )
+        self._writer.start()
+        self._closers.append(self._writer.close)
+
+    def _build_search(self) -> None:
+        settings = self._settings
+        connect = partial(connect_reader, self._path)
+        self._embedder = make_embedder(settings.embedding)
+        self._embedder.on_state(self._on_embedder)
+        self._embedding = EmbeddingQueue(
+            self._embedder,
+            settings.embedding,
+            load_texts=self._load_texts,
+            store=self._store_vectors,
+            vectors=self._caches.vectors,
+        )
+        self._index = SearchIndex(
+            settings.search,
+            self._path,
+            connect,
+            on_missing=partial(self._soon, self._embedding.add),
+            on_backfill=partial(self._soon, self._embedding.backfill),
+            on_advance=partial(self._soon, self._on_advance),
+        )
+        self._engine = SearchEngine(
+            settings.search, settings.lifecycle, self._path, self._index, connect, query_s=settings.limits.query_s
+        )
+        self._own_writes = OwnWrites(self._index.has_vector)
+        self._closers += [
+            lambda: asyncio.to_thread(self._engine.close),
+            lambda: asyncio.to_thread(self._index.close),
+            self._embedder.close,
+            self._embedding.close,
+        ]
+
+    def _build_services(self) -> None:
+        settings = self._settings
+        view = RecordView(settings.lifecycle)
+        queries = Queries(self._readers, settings.lifecycle)
+        accesses = AccessBuffer()
+        writing = WritingService(self._writer, queries, view, idempotency=settings.storage.idempotency)
+        reading = ReadingService(
+            self._writer, queries, view, self._caches.records, accesses, settings.lifecycle.access_weight_get
+        )
+        searching = SearchingService(
+            settings,
+            self._engine,
+            queries,
+            view,
+            self._embedder,
+            self._embedding,
+            self._own_writes,
+            self._caches.results,
+            accesses,
+            self._epoch,
+            self._writer.commit_seq,
+        )
+        health = HealthService(
+            self._writer,
+            queries,
+            self._caches,
+            self._index,
+            self._embedder,
+            self._embedding,
+            self._health,
+            self._traffic,
+        )
+        self.dispatcher = Dispatcher(_handlers([writing, reading, searching, health]), self._writer.commit_seq)
+        self._housekeeping = Housekeeping(self._writer, settings.storage, accesses, lambda: self._index.applied_seq)
+
+    def _traffic(self) -> dict[str, Any]:
+        return {"requests": dict(self.dispatcher.counts), "ignored_fields": self.dispatcher.ignored_fields}
+
+    # -- what the parts tell each other -----------------------------------------------------------------------
+
+    def _soon(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Run on the event loop, from another thread; a loop that has ended needs no news."""
+        try:
+            self._loop.call_soon_threadsafe(function, *arguments)
+        except RuntimeError:
+            log.debug("loop_ended")
+
+    def _on_commit(self, changes: Changes) -> None:
+        records = self._caches.records
+        for gone in changes.removed:
+            records.invalidate(gone.namespace, gone.memory_id)
+        for namespace, memory_id in changes.stale:
+            records.invalidate(namespace, memory_id)
+        few = len(changes.written) <= _CACHED_AT_ONCE
+        for memory in changes.written:
+            if few:
+                records.put(memory)
+            else:
+                records.refresh(memory)
+        if changes.removed:
+            self._forget_vectors(changes)
+        if changes.new_texts:
+            self._own_writes.note(changes.caller, changes.new_texts)
+        if changes.indexed:
+            self._index.notify()
+
+    def _forget_vectors(self, changes: Changes) -> None:
+        """Deleted means gone: also what was cached of the text."""
+        kept = {memory.row_id for memory in changes.written}
+        gone = [memory.row_id for memory in changes.removed if memory.row_id not in kept]
+        self._embedding.discard(gone)
+        self._own_writes.discard(changes.caller, gone)
+        digests = [memory.content_digest for memory in changes.removed]
+        self._caches.vectors.delete_many(digests)
+
+    def _on_advance(self, _seq: int) -> None:
+        self._own_writes.advanced()
+
+    def _on_embedder(self, state: EmbedderState) -> None:
+        model_id, dimension = self._embedder.model_id, self._embedder.dimension
+        if state == "ready" and model_id is not None and dimension is not None:
+            self._index.set_model(model_id, dimension)
+
+    async def _load_texts(self, row_ids: Sequence[int]) -> dict[int, tuple[str, bytes]]:
+        found = await self._readers.fetch(vectors.LOAD_TEXTS, (vectors.as_json(row_ids),))
+        return {row_id: (content, digest) for row_id, content, digest in found}
+
+    async def _store_vectors(self, model_id: str, made: list[tuple[int, bytes, Vectors]]) -> None:
+        run = partial(vectors.store, model_id=model_id, vectors=made)
+        await self._writer.submit(WriteJob(run, "", rows=len(made), counted=False))
+
+
+def _handlers(services: Sequence[object]) -> dict[str, Handler]:
+    """action -> bound method of the one service that has it."""
+    handlers: dict[str, Handler] = {}
+    for action in ACTIONS:
+        owners = [service for service in services if hasattr(service, action)]
+        if len(owners) != 1:
+            raise CannotStart(f"the action {action} has {len(owners)} operations")
+        handlers[action] = getattr(owners[0], action)
+    return handlers

@@ -1,0 +1,96 @@
+"""What the service says of itself: health_check and stats."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from memory_system import __version__
+from memory_system import models as m
+from memory_system.cache import Caches
+from memory_system.calls import Call
+from memory_system.embedding import Embedder, EmbeddingQueue
+from memory_system.search.index import SearchIndex
+from memory_system.service import Reply
+from memory_system.storage.queries import Queries
+from memory_system.storage.writer import Writer
+
+# How long stats waits for the index, which trails the log by milliseconds.
+_LOOKS: Final = 20
+_LOOK_S: Final = 0.005
+_EMBEDDING_READINESS = {"ready": "ready", "starting": "loading", "down": "unavailable", "off": "off"}
+_INDEX_READINESS = {"ready": "ready", "loading": "loading", "failed": "unavailable"}
+
+
+class HealthService:
+    """`process()` gives the program's own figures (pid, uptime_s, ...), `traffic()` the counters of requests."""
+
+    def __init__(
+        self,
+        writer: Writer,
+        queries: Queries,
+        caches: Caches,
+        index: SearchIndex,
+        embedder: Embedder,
+        embedding: EmbeddingQueue,
+        process: Callable[[], Mapping[str, Any]],
+        traffic: Callable[[], Mapping[str, Any]],
+    ) -> None:
+        self._writer = writer
+        self._queries = queries
+        self._caches = caches
+        self._index = index
+        self._embedder = embedder
+        self._embedding = embedding
+        self._process = process
+        self._traffic = traffic
+
+    def health_check(self, call: Call, p: m.NoParams) -> Reply:
+        readiness = {
+            "store": "ready",
+            "search_index": _INDEX_READINESS.get(self._index.state, "unavailable"),
+            "embedding": _EMBEDDING_READINESS[self._embedder.state],
+            "redis": self._caches.redis.state,
+        }
+        depth = self._embedding.depth
+        return {
+            "state": self._state(readiness),
+            "readiness": readiness,
+            **self._process(),
+            "version": __version__,
+            "sqlite_version": sqlite3.sqlite_version,
+            "model_id": self._embedder.model_id,
+            "write_queue": self._writer.depth,
+            "embedding_queue": {"fresh": depth.fresh, "backfill": depth.backfill, "poisoned": self._embedding.poisoned},
+            "last_commit_at": self._writer.last_commit_at,
+            "caches": self._caches.stats(),
+            **self._traffic(),
+        }
+
+    def _state(self, readiness: Mapping[str, str]) -> str:
+        """Redis is a cache and never a condition: it does not count."""
+        needed = (readiness["search_index"], readiness["embedding"])
+        if self._process().get("draining"):
+            return "stopping"
+        if "unavailable" in needed:
+            return "degraded"
+        return "starting" if "loading" in needed else "healthy"
+
+    async def stats(self, call: Call, p: m.NoParams) -> Reply:
+        counts = await self._queries.counts(call.namespace, call.now_s)
+        return {
+            "namespace": call.namespace,
+            **counts,
+            "pending": await self._pending(call.namespace),
+        }
+
+    async def _pending(self, namespace: str) -> int:
+        """What searches would say: the index counts, once it has followed the log to its end of now."""
+        last_seq = await self._queries.last_log_seq()
+        for _ in range(_LOOKS):
+            if self._index.state == "ready" and self._index.applied_seq >= last_seq:
+                return self._index.pending(namespace)
+            await asyncio.sleep(_LOOK_S)
+        return await self._queries.pending(namespace, self._index.model_id)

@@ -1,0 +1,269 @@
+"""The service with a real Redis: faster after a restart, and no worse off when Redis is killed, frozen or emptied."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from memory_client import MemoryClient
+from memory_system.digest import content_digest
+from tests.support.service import Orchestrator, running_orchestrator, wait_until
+from tests.support.valkey import ValkeyServer, running_valkey
+
+pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
+
+# No request may take longer than this, whatever state Redis is in (two noisy cores).
+SLOWEST_S = 2.0
+
+
+@pytest.fixture
+def redis(tmp_path: Path) -> Iterator[ValkeyServer]:
+    with running_valkey(tmp_path / "valkey") as server:
+        yield server
+
+
+@pytest.fixture
+def service(tmp_path: Path, redis: ValkeyServer) -> Iterator[Orchestrator]:
+    with running_orchestrator(tmp_path, redis__url=redis.url, redis__reset_timeout_s=0.2) as orchestrator:
+        yield orchestrator
+
+
+def settled(service: Orchestrator) -> None:
+    """Wait until every memory has its vector and nothing is on its way to Redis."""
+
+    def done() -> bool:
+        health = service.ask("health_check")
+        on_their_way = health["caches"]["redis"]
+        idle = on_their_way["values"] == on_their_way["deletions"] == 0
+        loaded = health["readiness"]["search_index"] == "ready"
+        return idle and loaded and service.ask("stats")["pending"] == 0
+
+    wait_until(done, "vectors stored and Redis up to date", 20.0)
+
+
+def caches(service: Orchestrator) -> dict[str, Any]:
+    figures: dict[str, Any] = service.ask("health_check")["caches"]
+    return figures
+
+
+def has_vector(redis: ValkeyServer, content: str) -> bool:
+    return bool(redis.command("EXISTS", f"memory:vec:{content_digest(content).hex()}"))
+
+
+def search(service: Orchestrator, query: str) -> list[str]:
+    return [result["content"] for result in service.ask("semantic_search", query=query, k=10)["results"]]
+
+
+# -- what it is good for --------------------------------------------------------------------------------------------
+
+
+def test_vectors_are_found_again_after_a_restart(service: Orchestrator, redis: ValkeyServer) -> None:
+    contents = [f"what was learned on day {day}" for day in range(40)]
+    assert service.ask("batch_add_memories", memories=[{"content": content} for content in contents])["count"] == 40
+    settled(service)
+    assert caches(service)["vectors"]["misses"] >= 40
+    assert all(has_vector(redis, content) for content in contents)
+    service.kill()
+    with contextlib.closing(sqlite3.connect(service.database)) as db:
+        kept = dict(db.execute("SELECT row_id, vector FROM embeddings"))
+        db.execute("DELETE FROM embeddings")
+        db.commit()
+
+    service.start()
+    settled(service)
+    figures = caches(service)["vectors"]
+    assert (figures["redis_hits"], figures["misses"], figures["poisoned"]) == (40, 0, 0)
+    service.kill()
+    with contextlib.closing(sqlite3.connect(service.database)) as db:
+        assert dict(db.execute("SELECT row_id, vector FROM embeddings")) == kept
+
+
+def test_results_are_found_again_after_a_restart_and_only_for_the_same_state(service: Orchestrator) -> None:
+    service.ask("add_memory", content="the harbour is closed")
+    settled(service)
+    first = search(service, "harbour")
+    assert first == ["the harbour is closed"]
+    settled(service)
+    service.restart()
+    settled(service)
+    assert search(service, "harbour") == first
+    assert caches(service)["results"]["redis_hits"] == 1
+    service.ask("add_memory", content="the harbour is open")
+    assert set(search(service, "harbour")) == {*first, "the harbour is open"}
+    assert caches(service)["results"]["redis_hits"] == 1
+
+
+def test_redis_never_sees_a_text(service: Orchestrator, redis: ValkeyServer) -> None:
+    service.ask("add_memory", content="the zanzibar papers", metadata={"topic": "zanzibar"}, tags=["zanzibar"])
+    settled(service)
+    for action in ("semantic_search", "search_memory"):
+        assert service.ask(action, query="zanzibar papers")["count"] == 1
+    settled(service)
+    keys = redis.keys()
+    assert {key.split(":")[1] for key in keys} == {"vec", "res"}
+    for key in keys:
+        assert b"zanzibar" not in key.encode() + redis.command("GET", key)
+        assert redis.command("PTTL", key) > 0
+
+
+# -- deleting means gone --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["delete_memory", "update_memory", "forget"])
+def test_what_is_deleted_leaves_no_vector_in_redis(service: Orchestrator, redis: ValkeyServer, how: str) -> None:
+    memory_id = service.ask("add_memory", content="a secret", user_id="ada")["memory_id"]
+    service.ask("add_memory", content="no secret", user_id="bob")
+    settled(service)
+    assert has_vector(redis, "a secret")
+    data = {
+        "delete_memory": {"memory_id": memory_id},
+        "update_memory": {"memory_id": memory_id, "update_payload": {"content": "nothing"}},
+        "forget": {"user_id": "ada"},
+    }[how]
+    assert service.ask(how, **data)["status"] == "success"
+    wait_until(lambda: not has_vector(redis, "a secret"), "the vector is gone", 5.0)
+    settled(service)
+    assert not has_vector(redis, "a secret")
+    assert has_vector(redis, "no secret")
+
+
+def test_what_is_deleted_while_redis_is_frozen_goes_when_it_is_back(service: Orchestrator, redis: ValkeyServer) -> None:
+    secrets = [f"secret {number}" for number in range(5)]
+    memory_ids = [service.ask("add_memory", content=content)["memory_id"] for content in secrets]
+    settled(service)
+    redis.freeze()
+    try:
+        for memory_id in memory_ids:
+            assert service.ask("delete_memory", memory_id=memory_id)["deleted"] == 1
+        assert search(service, "secret") == []
+    finally:
+        redis.thaw()
+    wait_until(lambda: not any(has_vector(redis, content) for content in secrets), "the vectors are gone")
+
+
+# -- faults ---------------------------------------------------------------------------------------------------------
+
+
+class Watcher(threading.Thread):
+    """Changes one memory again and again, and searches: what it changed must show at once, what was before never."""
+
+    def __init__(self, endpoint: str, name: str, stop: threading.Event) -> None:
+        super().__init__(name=name)
+        self.problems: list[str] = []
+        self.slowest_s = 0.0
+        self.rounds = 0
+        self._endpoint = endpoint
+        self._stop_event = stop
+
+    def run(self) -> None:
+        try:
+            with MemoryClient(self._endpoint, agent_id=self.name, timeout_ms=10_000, raise_on_error=True) as client:
+                self._watch(client)
+        except Exception as error:  # noqa: BLE001  whatever ends the thread is a finding
+            self.problems.append(repr(error))
+
+    def _watch(self, client: MemoryClient) -> None:
+        memory_id = client.add_memory(self._content())["memory_id"]
+        while not self._stop_event.is_set():
+            self._look(client, memory_id)
+            self.rounds += 1
+            self._timed(client.update_memory, memory_id, {"content": self._content()})
+
+    def _content(self) -> str:
+        return f"the door of {self.name} has code {self.name}x{self.rounds}x"
+
+    def _look(self, client: MemoryClient, memory_id: str) -> None:
+        mine, before = f"{self.name}x{self.rounds}x", f"{self.name}x{self.rounds - 1}x"
+        for search in (client.search_memory, client.semantic_search):
+            for query, expected in ((f"door code {mine}", True), (f"door of {self.name}", True)):
+                self._expect(self._timed(search, query, touch=False), memory_id, query, expected)
+        self._expect(self._timed(client.search_memory, before, touch=False), memory_id, before, False)
+        self._expect(self._timed(client.search_memory, mine, touch=False), memory_id, mine, True)
+
+    def _expect(self, reply: dict[str, Any], memory_id: str, query: str, expected: bool) -> None:
+        found = {result["memory_id"]: result["content"] for result in reply["results"]}
+        if (memory_id in found) != expected:
+            self.problems.append(f"{query!r} in round {self.rounds}: {'not ' if expected else ''}found")
+        if found.get(memory_id, self._content()) != self._content():
+            self.problems.append(f"{query!r} in round {self.rounds}: stale {found[memory_id]!r}")
+
+    def _timed(self, call: Callable[..., dict[str, Any]], *arguments: Any, **options: Any) -> dict[str, Any]:
+        began_s = time.monotonic()
+        reply = call(*arguments, **options)
+        self.slowest_s = max(self.slowest_s, time.monotonic() - began_s)
+        return reply
+
+
+@contextlib.contextmanager
+def watching(service: Orchestrator) -> Iterator[list[Watcher]]:
+    """Two clients that change and search while the block runs."""
+    stop = threading.Event()
+    watchers = [Watcher(service.address, name, stop) for name in ("ada", "bob")]
+    for watcher in watchers:
+        watcher.start()
+    try:
+        yield watchers
+    finally:
+        stop.set()
+        for watcher in watchers:
+            watcher.join(30)
+
+
+def kill(redis: ValkeyServer) -> None:
+    redis.kill()
+    time.sleep(1.0)
+    redis.start()
+
+
+def freeze(redis: ValkeyServer) -> None:
+    redis.freeze()
+    try:
+        time.sleep(1.0)
+    finally:
+        redis.thaw()
+
+
+def flush(redis: ValkeyServer) -> None:
+    for _ in range(10):
+        redis.command("FLUSHALL")
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("fault", [kill, freeze, flush])
+def test_no_fault_of_redis_fails_a_request_or_shows_what_is_past(
+    service: Orchestrator, redis: ValkeyServer, fault: Callable[[ValkeyServer], None]
+) -> None:
+    with watching(service) as watchers:
+        wait_until(lambda: all(watcher.rounds > 2 or watcher.problems for watcher in watchers), "work with Redis")
+        fault(redis)
+        rounds = [watcher.rounds for watcher in watchers]
+        wait_until(
+            lambda: all(
+                watcher.rounds > before + 2 or watcher.problems
+                for watcher, before in zip(watchers, rounds, strict=True)
+            ),
+            "work after the fault",
+        )
+    assert [watcher.problems for watcher in watchers] == [[], []]
+    assert max(watcher.slowest_s for watcher in watchers) < SLOWEST_S
+    health = service.ask("health_check")
+    assert health["state"] == "healthy"
+    wait_until(lambda: service.ask("health_check")["readiness"]["redis"] == "ready", "Redis is found again", 10.0)
+
+
+def test_the_service_starts_and_stops_without_redis(tmp_path: Path, redis: ValkeyServer) -> None:
+    redis.kill()
+    with running_orchestrator(tmp_path, redis__url=redis.url) as service:
+        service.ask("add_memory", content="stored without Redis")
+        wait_until(lambda: service.ask("stats")["pending"] == 0, "a vector")
+        assert search(service, "stored") == ["stored without Redis"]
+        health = service.ask("health_check")
+        assert (health["state"], health["readiness"]["redis"]) == ("healthy", "unavailable")
+        assert service.terminate(5.0) == 0

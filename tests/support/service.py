@@ -1,0 +1,179 @@
+"""The service to test against: a Runtime in this process without a socket, or (process.py) a real orchestrator.
+
+@service_test()                                       # once for each encoding of the wire
+async def test_something(service: Service) -> None:
+    added = await service.ok("add_memory", content="x")
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import os
+import sqlite3
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from memory_system import dispatch
+from memory_system.runtime import Runtime
+from memory_system.settings import load_settings
+from tests.support.process import PROJECT, Orchestrator, Peer, free_port, running_orchestrator, wait_until
+from tests.support.wire import ENCODINGS, Reply, check_shape, decode, encode, envelope, environment, request_id
+
+# Tests of both kinds import from here.
+__all__ = [
+    "ENCODINGS",
+    "PROJECT",
+    "Clock",
+    "Orchestrator",
+    "Peer",
+    "Reply",
+    "Service",
+    "check_shape",
+    "decode",
+    "encode",
+    "envelope",
+    "environment",
+    "eventually",
+    "free_port",
+    "request_id",
+    "running_orchestrator",
+    "running_service",
+    "service_test",
+    "wait_until",
+]
+
+
+class Clock:
+    """Stands for the `time` module where the service asks what time it is; `ahead_s` moves the wall clock."""
+
+    monotonic = staticmethod(time.monotonic)
+
+    def __init__(self) -> None:
+        self.ahead_s = 0.0
+
+    def time(self) -> float:
+        return time.time() + self.ahead_s
+
+
+class Service:
+    """A running Runtime. `await service(body)` is the wire; `ask`, `ok` and `fails` speak it in one encoding."""
+
+    def __init__(self, runtime: Runtime, path: Path, encoding: str, clock: Clock) -> None:
+        self.runtime = runtime
+        self.path = path
+        self.encoding = encoding
+        self.clock = clock
+
+    async def __call__(self, body: bytes) -> bytes:
+        return await self.runtime.dispatcher.answer(body)
+
+    async def send(self, request: Any) -> Reply:
+        """The reply to a whole request, envelope included."""
+        return decode(await self(encode(request, self.encoding)), self.encoding)
+
+    async def ask(self, action: str, around: dict[str, Any] | None = None, /, **data: Any) -> Reply:
+        return await self.send(envelope(action, data, **(around or {})))
+
+    async def ok(self, action: str, around: dict[str, Any] | None = None, /, **data: Any) -> Reply:
+        reply = await self.ask(action, around, **data)
+        assert reply["status"] == "success", reply
+        return reply
+
+    async def fails(self, code: str, action: str, around: dict[str, Any] | None = None, /, **data: Any) -> Reply:
+        reply = await self.ask(action, around, **data)
+        assert reply.get("error_code") == code, reply
+        return reply
+
+    async def add(self, content: str = "a memory", around: dict[str, Any] | None = None, /, **data: Any) -> str:
+        memory_id: str = (await self.ok("add_memory", around, content=content, **data))["memory_id"]
+        return memory_id
+
+    async def session(self, around: dict[str, Any] | None = None, /, **data: Any) -> str:
+        session_id: str = (await self.ok("create_session", around, **{"user_id": "ada", **data}))["session_id"]
+        return session_id
+
+    async def record(self, memory_id: str) -> dict[str, Any]:
+        found: dict[str, Any] = (await self.ok("get_memory", memory_id=memory_id, touch=False))["memory"]
+        return found
+
+    async def walk(self, action: str, around: dict[str, Any] | None = None, /, **data: Any) -> list[dict[str, Any]]:
+        """All results of a list, page by page."""
+        found: list[dict[str, Any]] = []
+        reply = await self.ok(action, around, **data)
+        while True:
+            found += reply["results"]
+            if "next_cursor" not in reply:
+                return found
+            assert reply["results"], "a page that is not the last is empty"
+            reply = await self.ok(action, around, **data, cursor=reply["next_cursor"])
+
+    def rows(self, sql: str, *parameters: Any) -> list[tuple[Any, ...]]:
+        """What the database holds now, by a connection of its own."""
+        with contextlib.closing(sqlite3.connect(f"file:{self.path}?mode=ro", uri=True)) as db:
+            return db.execute(sql, parameters).fetchall()
+
+    def count(self, table: str) -> int:
+        number: int = self.rows(f"SELECT count(*) FROM {table}")[0][0]
+        return number
+
+    async def settled(self) -> None:
+        """Return when every memory of the default namespace has its vector."""
+        await eventually(self._nothing_pending)
+
+    async def _nothing_pending(self) -> bool:
+        health = await self.ok("health_check")
+        stats = await self.ok("stats")
+        return health["readiness"]["search_index"] == "ready" and stats["pending"] == 0
+
+
+async def eventually(condition: Callable[[], Awaitable[bool]], timeout_s: float = 10.0) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not await condition():  # noqa: ASYNC110  the condition is asked for over the wire
+            await asyncio.sleep(0.005)
+
+
+@contextlib.asynccontextmanager
+async def running_service(tmp_path: Path, encoding: str = "msgpack", **overrides: Any) -> AsyncIterator[Service]:
+    """A Runtime over a store in `tmp_path`; settings are given as section__key=value."""
+    environ = environment(tmp_path, overrides)
+    settings = load_settings(environ={**environ, "MEMORY_CONFIG": os.devnull})
+    fatal: list[Exception] = []
+    runtime = Runtime(settings, on_fatal=fatal.append, health=lambda: {"pid": os.getpid()})
+    clock = Clock()
+    with mock.patch.object(dispatch, "time", clock):
+        try:
+            await runtime.start()
+            runtime._writer._runner._clock = clock.time
+            yield Service(runtime, Path(settings.storage.path), encoding, clock)
+        finally:
+            await runtime.close()
+    assert not fatal
+
+
+def service_test(**overrides: Any) -> Callable[[Callable[..., Awaitable[None]]], Callable[..., None]]:
+    """Make a test of an async function: its first argument is a Service of its own, once for each encoding."""
+
+    def decorate(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
+        def run(tmp_path: Path, encoding: str, **arguments: Any) -> None:
+            async def scenario() -> None:
+                async with running_service(tmp_path, encoding, **overrides) as service:
+                    await test(service, **arguments)
+
+            asyncio.run(scenario())
+
+        given = inspect.signature(run).parameters
+        wanted = list(inspect.signature(test).parameters.values())[1:]
+        named = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in wanted]
+        run.__signature__ = inspect.Signature([given["tmp_path"], given["encoding"], *named])  # type: ignore[attr-defined]
+        run.__name__, run.__doc__, run.__module__ = test.__name__, test.__doc__, test.__module__
+        run.pytestmark = getattr(test, "pytestmark", [])  # type: ignore[attr-defined]
+        return pytest.mark.parametrize("encoding", ENCODINGS)(run)
+
+    return decorate

@@ -1,0 +1,124 @@
+"""Imports point one way: each module imports only from its own layer and those before it."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parents[2]
+PACKAGE = "memory_system"
+
+# Low to high. A name stands for a module or a package directly below memory_system.
+LAYERS = (
+    ("errors", "config_loader", "settings", "log", "digest", ""),
+    ("protocol",),
+    ("breaker", "client_core", "client_link", "client_pipe", "client_api", "memory_client"),
+    ("models", "filters", "decoding", "calls", "cursors"),
+    ("lifecycle", "storage", "cache", "embedding", "access"),
+    ("search",),
+    ("security", "service", "housekeeping"),
+    ("dispatch",),
+    ("runtime", "orchestrator"),
+)
+RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
+# The parts of one layer that know nothing of each other.
+STRANGERS = {
+    "cache": {"storage", "embedding", "access"},
+    "embedding": {"storage", "access"},
+    "storage": {"cache", "embedding", "access"},
+    "lifecycle": {"cache", "embedding", "storage", "access"},
+}
+SERVER_ONLY = ("msgspec", "numpy", "torch", "yaml", "aiosqlite", "redis", "hnswlib", "uvloop", "sqlite3", "tenacity")
+
+
+def modules() -> dict[str, Path]:
+    """Dotted name -> file, of all modules of the package and the programs."""
+    found = {name: PROJECT / f"{name}.py" for name in ("orchestrator", "memory_client")}
+    for path in sorted((PROJECT / PACKAGE).rglob("*.py")):
+        parts = path.relative_to(PROJECT).with_suffix("").parts
+        found[".".join(part for part in parts if part != "__init__")] = path
+    return found
+
+
+MODULES = modules()
+
+
+def part_of(module: str) -> str:
+    """The name in LAYERS: `memory_system.storage.rows` -> storage."""
+    names = module.split(".")
+    if names[0] != PACKAGE:
+        return names[0]
+    return names[1] if len(names) > 1 else ""
+
+
+def imports(path: Path, *, for_types: bool = True) -> Iterator[str]:
+    """Our own modules that a file imports, anywhere in it."""
+    skipped: set[ast.AST] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING" and not for_types:
+            skipped.update(inner for statement in node.body for inner in ast.walk(statement))
+        if node in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in MODULES)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: imports are absolute"
+            below = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from (name for name in below if name in MODULES)
+            if node.module in MODULES and not all(name in MODULES for name in below):
+                yield node.module
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_imports_point_down(module: str) -> None:
+    part = part_of(module)
+    assert part in RANK, f"{module} stands in no layer: add it to LAYERS and to docs/architecture.md"
+    for imported in imports(MODULES[module]):
+        other = part_of(imported)
+        assert RANK[other] <= RANK[part], f"{module} imports {imported}, which stands above it"
+        assert other not in STRANGERS.get(part, ()), f"{module} imports {imported}, which stands beside it"
+
+
+def test_no_import_cycle() -> None:
+    graph = {module: set(imports(path, for_types=False)) - {module} for module, path in MODULES.items()}
+    done: set[str] = set()
+
+    def visit(module: str, way: tuple[str, ...]) -> None:
+        assert module not in way, f"imports in a circle: {' -> '.join([*way[way.index(module) :], module])}"
+        if module not in done:
+            for imported in sorted(graph[module]):
+                visit(imported, (*way, module))
+            done.add(module)
+
+    for module in sorted(graph):
+        visit(module, ())
+
+
+def test_the_layers_name_only_what_exists() -> None:
+    parts = {part_of(module) for module in MODULES}
+    assert set(RANK) - parts == set()
+
+
+def test_the_client_needs_nothing_of_the_service() -> None:
+    code = (
+        "import sys, memory_client\n"
+        f"loaded = [name for name in {SERVER_ONLY!r} if name in sys.modules]\n"
+        "service = [m for m in sys.modules if m.startswith('memory_system.') and m.split('.')[1].split('_')[0]\n"
+        "           not in ('protocol', 'breaker', 'errors', 'log', 'client')]\n"
+        "sys.exit(repr(loaded + service) if loaded or service else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_client_layer_imports_only_the_wire() -> None:
+    for module, path in MODULES.items():
+        if RANK[part_of(module)] == RANK["memory_client"]:
+            allowed = {"protocol", "breaker", "errors", "log", ""}
+            others = {part_of(name) for name in imports(path)} - allowed
+            assert all(name.startswith("client_") for name in others), f"{module} imports {others}"
