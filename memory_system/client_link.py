@@ -1,0 +1,151 @@
+"""Sockets of the client: one connection with its monitor, and one process's connections.
+
+Used by memory_client.py alone; nothing here decides anything about calls.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import os
+import threading
+import warnings
+import weakref
+from typing import Any, Final
+
+import zmq
+
+from memory_system.errors import ClientClosed
+from memory_system.protocol import SOCKET_MAX_MESSAGE_BYTES
+
+# Most replies come within this time, and waiting for the socket alone is cheaper than for socket and monitor.
+FIRST_WAIT_MS: Final = 50
+# How long `close` waits for a thread to let go of its link; more than any wait that does not look for the end.
+RELEASE_S: Final = 1.0
+
+_monitor_numbers = itertools.count()
+
+
+def only(frames: list[bytes]) -> bytes:
+    """The body of a reply; b"", which is no reply, when there is not exactly one frame."""
+    return frames[0] if len(frames) == 1 else b""
+
+
+class Link:
+    """A socket to the service and the monitor that tells when its connection is lost.
+
+    Used by one thread at a time. After a fork the child must neither use nor close it, so its `close` does nothing.
+    """
+
+    def __init__(self, context: zmq.Context[Any], kind: int, endpoint: str, connect_timeout_ms: int) -> None:
+        self.lock = threading.Lock()
+        self.closed = False
+        self._pid = os.getpid()
+        self.socket = context.socket(kind)
+        self.monitor = context.socket(zmq.PAIR)
+        self.poller = zmq.Poller()
+        try:
+            self._connect(endpoint, connect_timeout_ms)
+        except BaseException:  # whatever it was, the two sockets must not outlive it
+            self.close()
+            raise
+
+    def _connect(self, endpoint: str, connect_timeout_ms: int) -> None:
+        socket = self.socket
+        socket.setsockopt(zmq.LINGER, 0)
+        # A send without a connection fails instead of waiting in a queue: "not sent" is then certain.
+        socket.setsockopt(zmq.IMMEDIATE, 1)
+        socket.setsockopt(zmq.SNDTIMEO, connect_timeout_ms)
+        socket.setsockopt(zmq.RCVTIMEO, FIRST_WAIT_MS)
+        socket.setsockopt(zmq.MAXMSGSIZE, SOCKET_MAX_MESSAGE_BYTES)
+        socket.setsockopt(zmq.CONNECT_TIMEOUT, 3000)
+        socket.setsockopt(zmq.HANDSHAKE_IVL, 3000)
+        # libzmq doubles the interval up to the maximum: a restarted service is found within a second.
+        socket.setsockopt(zmq.RECONNECT_IVL, 100)
+        socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+        socket.setsockopt(zmq.HEARTBEAT_IVL, 5000)
+        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 10_000)
+        # libzmq's I/O thread writes events and would block for good on a full pipe that nobody reads.
+        self.monitor.setsockopt(zmq.RCVHWM, 0)
+        self.monitor.setsockopt(zmq.LINGER, 0)
+        address = f"inproc://connection-lost-{next(_monitor_numbers)}"
+        socket.monitor(address, zmq.EVENT_DISCONNECTED)
+        self.monitor.connect(address)
+        socket.connect(endpoint)
+        self.poller.register(socket, zmq.POLLIN)
+        self.poller.register(self.monitor, zmq.POLLIN)
+
+    def send(self, body: bytes, wait_s: float) -> bool:
+        """Send one frame; False if no connection came up within `wait_s`."""
+        for wait_ms in (math.ceil(wait_s * 1000.0), 0):
+            try:
+                self.socket.send(body, zmq.NOBLOCK)
+                return True
+            except zmq.Again:
+                # A new socket has no connection yet, however near the service is.
+                if wait_ms <= 0 or not self.socket.poll(wait_ms, zmq.POLLOUT):
+                    break
+        return False
+
+    def close(self) -> None:
+        if self.closed or self._pid != os.getpid():
+            return
+        self.closed = True
+        # The monitor ends before its reader does, else an event without a reader blocks the I/O thread.
+        with contextlib.suppress(zmq.ZMQError):
+            self.socket.monitor(None, 0)
+        self.monitor.close(0)
+        self.socket.close(0)
+
+    def __del__(self) -> None:
+        if not hasattr(self, "poller"):
+            return
+        if self._pid == os.getpid():
+            self.close()
+            return
+        with warnings.catch_warnings():
+            # pyzmq closes nothing of another process, but warns that it was left open.
+            warnings.simplefilter("ignore", ResourceWarning)
+            del self.poller, self.monitor, self.socket
+
+
+class Pool:
+    """One process's context and its links, one for each thread; a link closes when its thread ends."""
+
+    def __init__(self, endpoint: str, connect_timeout_ms: int) -> None:
+        self._endpoint = endpoint
+        self._connect_timeout_ms = connect_timeout_ms
+        self._context: zmq.Context[Any] | None = None
+        self._links: weakref.WeakSet[Link] = weakref.WeakSet()
+        self._lock = threading.Lock()
+        self._local = threading.local()
+        self._closed = False
+
+    def link(self) -> Link:
+        """This thread's link, a new one if it has none. Raises ZMQError, or ClientClosed after `close`."""
+        link: Link | None = getattr(self._local, "link", None)
+        if link is not None and not link.closed:
+            return link
+        with self._lock:
+            if self._closed:
+                raise ClientClosed("the client is closed")
+            if self._context is None:
+                self._context = zmq.Context()
+            link = Link(self._context, zmq.REQ, self._endpoint, self._connect_timeout_ms)
+            self._links.add(link)
+        self._local.link = link
+        return link
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            links = list(self._links)
+        for link in links:
+            # A thread in the middle of a call closes its own link when it sees the end. Only a signal handler that
+            # interrupted this very thread waits in vain.
+            if link.lock.acquire(timeout=RELEASE_S):
+                link.close()
+                link.lock.release()
+        if self._context is not None and all(link.closed for link in links):
+            self._context.term()
