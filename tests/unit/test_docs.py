@@ -1,0 +1,162 @@
+"""The documentation says what the code does: an undocumented name, or a documented one that is gone, fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from memory_system import protocol
+from memory_system.models import PARAMS, Envelope, UpdatePayload
+from tests.support.service import running_orchestrator
+
+PROJECT = Path(__file__).resolve().parents[2]
+DOCS = PROJECT / "docs"
+PAGES = sorted([*DOCS.glob("*.md"), PROJECT / "README.md", PROJECT / "CHANGELOG.md"])
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+ROW = re.compile(r"^\| `([\w-]+)`((?: `[\w-]+`)*) \|(.*)\|$", re.MULTILINE)
+
+
+def sections(page: str, level: int) -> dict[str, str]:
+    """Heading -> text below it, down to the next heading of the same or a higher level."""
+    parts = re.split(rf"^(#{{1,{level}}}) (.+)$", page, flags=re.MULTILINE)
+    found = zip(parts[1::3], parts[2::3], parts[3::3], strict=True)
+    return {title: text for marks, title, text in found if len(marks) == level}
+
+
+def without_code(page: str) -> str:
+    return re.sub(r"^```.*?^```", "", page, flags=re.MULTILINE | re.DOTALL)
+
+
+PROTOCOL = (DOCS / "protocol.md").read_text(encoding="utf-8")
+ACTIONS = {title: text for title, text in sections(PROTOCOL, 3).items() if re.fullmatch(r"[a-z_]+", title)}
+
+
+def rows(text: str) -> dict[str, list[str]]:
+    """First cell -> the other cells of a table's rows."""
+    return {match[1]: [cell.strip() for cell in match[3].split(" | ")] for match in ROW.finditer(text)}
+
+
+def test_the_actions_documented_are_those_that_exist() -> None:
+    assert set(ACTIONS) == protocol.ACTIONS
+
+
+@pytest.mark.parametrize("action", sorted(protocol.ACTIONS))
+def test_every_field_of_an_action_is_documented_with_its_default(action: str) -> None:
+    documented = rows(without_code(ACTIONS[action]))
+    fields = {field.name: field for field in msgspec.structs.fields(PARAMS[action])}
+    assert set(documented) == set(fields)
+    for name, (_, default, meaning) in documented.items():
+        assert meaning
+        value = fields[name].default
+        if fields[name].required:
+            assert default == "required", name
+        elif isinstance(value, bool | int | float | str):
+            assert default == f"`{json.dumps(value)}`", name
+        else:
+            assert default == "-", name
+
+
+@pytest.mark.parametrize("action", sorted(protocol.ACTIONS))
+def test_every_action_shows_a_request_and_a_reply(action: str) -> None:
+    example = re.search(r"^```json\n(.*?)^```", ACTIONS[action], flags=re.MULTILINE | re.DOTALL)
+    assert example is not None
+    request, size = json.JSONDecoder().raw_decode(example[1])
+    assert request["action"] == action
+    assert set(request["data"]) <= set(PARAMS[action].__struct_fields__)
+    assert example[1][size:].lstrip().startswith("{")
+    assert '"status": "success"' in example[1][size:]
+
+
+def test_the_envelope_and_the_update_payload_are_documented() -> None:
+    envelope = rows(sections(PROTOCOL, 2)["Envelope"])
+    assert set(Envelope.__struct_fields__) == set(envelope)
+    for name in UpdatePayload.__struct_fields__:
+        assert f"`{name}`" in ACTIONS["update_memory"]
+    for alias in protocol.ACTION_ALIASES:
+        assert f"`{alias}`" in PROTOCOL
+
+
+def test_every_field_and_operator_of_filters_is_documented() -> None:
+    from memory_system.filters import CONNECTIVES, FIELDS, OPERATORS
+
+    text = sections(PROTOCOL, 2)["Filters"]
+    for name in (*FIELDS, *OPERATORS, *CONNECTIVES):
+        assert re.search(rf"`[^`]*\b{name}\b[^`]*`", text), name
+
+
+def test_the_error_codes_documented_are_those_that_exist() -> None:
+    page = (DOCS / "errors.md").read_text(encoding="utf-8")
+    documented = rows(page)
+    assert set(documented) == protocol.ERROR_CODES
+    for code, (retryable, meaning, advice) in documented.items():
+        assert retryable == ("yes" if protocol.BY_CODE[code].retryable else "no"), code
+        assert meaning
+        assert advice
+
+
+def test_the_readme_is_short() -> None:
+    assert len((PROJECT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_relative_link_leads_somewhere(page: Path) -> None:
+    for target in LINK.findall(without_code(page.read_text(encoding="utf-8"))):
+        if "://" in target:
+            continue
+        name, _, anchor = target.partition("#")
+        path = (page.parent / name).resolve() if name else page
+        assert path.exists(), f"{page.name}: {target}"
+        if anchor:
+            assert anchor in anchors(path), f"{page.name}: {target}"
+
+
+def anchors(page: Path) -> set[str]:
+    titles = re.findall(r"^#+ (.+)$", without_code(page.read_text(encoding="utf-8")), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_every_dependency_has_its_line() -> None:
+    pinned = (PROJECT / "requirements.txt").read_text(encoding="utf-8").split("# What those need.")[0]
+    names = {line.split("==")[0] for line in pinned.splitlines() if "==" in line}
+    text = sections((DOCS / "decisions.md").read_text(encoding="utf-8"), 2)["Dependencies"]
+    documented = set(re.findall(r"^\| ([\w-]+) \|", text, flags=re.MULTILINE)) - {"package", "---"}
+    assert documented == names
+
+
+def python_blocks(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])
+def test_the_examples_run(page: str, tmp_path: Path) -> None:
+    blocks = python_blocks(PROJECT / page)
+    assert blocks
+    with running_orchestrator(tmp_path) as orchestrator:
+        for block in blocks:
+            code = block.replace("tcp://127.0.0.1:7140", orchestrator.address)
+            done = subprocess.run(
+                [sys.executable, "-W", "error", "-c", code],
+                env={**os.environ, "PYTHONPATH": str(PROJECT), "MEMORY_ORCHESTRATOR_ADDR": orchestrator.address},
+                cwd=tmp_path,
+                capture_output=True,
+                text=True,
+                timeout=30,
+            )
+            assert done.returncode == 0, done.stderr
+            assert done.stderr == ""
+            assert done.stdout.strip(), block
+            assert "error" not in done.stdout
+    if page == "README.md":
+        assert "green tea" in done.stdout.splitlines()[0]
+
+
+def test_the_readmes_example_has_ten_lines() -> None:
+    (block,) = python_blocks(PROJECT / "README.md")
+    assert len([line for line in block.splitlines() if line.strip()]) <= 10
