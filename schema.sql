@@ -53,6 +53,7 @@ CREATE INDEX memories_by_parent ON memories (namespace, parent_id, created_at) W
 CREATE INDEX memories_by_session ON memories (namespace, session_id) WHERE session_id IS NOT NULL;
 CREATE INDEX memories_by_user ON memories (namespace, user_id) WHERE user_id IS NOT NULL;
 CREATE INDEX memories_by_due ON memories (due_at) WHERE due_at IS NOT NULL;
+CREATE INDEX sessions_by_creation ON memories (namespace, created_at) WHERE memory_type = 'session';
 
 -- What a memory of type 'session' has beyond a memory.
 CREATE TABLE sessions (
@@ -156,4 +157,4 @@ WHEN old.memory_type <> 'session' AND old.content <> new.content BEGIN
     INSERT INTO memory_fts (rowid, content) VALUES (new.row_id, new.content);
 END;
 
-PRAGMA user_version = 1;
+PRAGMA user_version = 2;

@@ -16,7 +16,10 @@ from memory_system.errors import StorageFailed
 SCHEMA_FILE: Final = Path(__file__).resolve().parents[2] / "schema.sql"
 
 # STEPS[i] leads from user_version i + 1 to i + 2.
-STEPS: Final[tuple[str, ...]] = ()
+STEPS: Final[tuple[str, ...]] = (
+    # list_sessions looked at every memory of the namespace.
+    "CREATE INDEX sessions_by_creation ON memories (namespace, created_at) WHERE memory_type = 'session';",
+)
 CURRENT_VERSION: Final = len(STEPS) + 1
 
 

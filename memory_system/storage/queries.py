@@ -162,7 +162,8 @@ class Queries:
     ) -> list[dict[str, Any]]:
         """Up to limit + 1 sessions, newest first."""
         found = await self._readers.fetch(
-            f"{sessions.SELECT} WHERE m.namespace = ?1 AND (m.expires_at IS NULL OR m.expires_at > ?2) "
+            f"{sessions.SELECT} WHERE m.namespace = ?1 AND m.memory_type = '{SESSION_TYPE}' "
+            "AND (m.expires_at IS NULL OR m.expires_at > ?2) "
             "AND (?3 IS NULL OR m.user_id = ?3) AND (?4 IS NULL OR (s.ended_at IS NULL) = (?4 = 'open')) "
             "ORDER BY m.created_at DESC, m.row_id DESC LIMIT ?5 OFFSET ?6",
             (namespace, now_s, user_id, state, limit + 1, offset),

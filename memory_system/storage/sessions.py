@@ -15,7 +15,7 @@ from memory_system.storage.context import Reply, WriteContext
 FIELDS = ("memory_id", "user_id", "session_type", "metadata", "created_at", "ended_at", "summary", "created_by")
 SELECT = (
     "SELECT m.memory_id, m.user_id, s.session_type, m.metadata, m.created_at, s.ended_at, s.summary, m.created_by "
-    "FROM memories m JOIN sessions s ON s.row_id = m.row_id"
+    "FROM memories m CROSS JOIN sessions s ON s.row_id = m.row_id"
 )
 
 
