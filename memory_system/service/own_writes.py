@@ -21,25 +21,28 @@ class OwnWrites:
 
     def __init__(self, has_vector: Callable[[int, bytes], bool]) -> None:
         self._has_vector = has_vector
-        self._rows: OrderedDict[Caller, dict[int, tuple[bytes, float]]] = OrderedDict()
+        # Ordered, because a plain dict that loses its first key over and over takes ever longer to find it.
+        self._rows: OrderedDict[Caller, OrderedDict[int, tuple[bytes, float]]] = OrderedDict()
         self._moved = asyncio.Event()
 
     def note(self, caller: Caller, texts: Mapping[int, bytes]) -> None:
         """The caller wrote these: row_id -> content digest."""
         now_s = time.monotonic()
-        rows = self._rows.setdefault(caller, {})
-        rows.update({row_id: (digest, now_s) for row_id, digest in texts.items()})
+        rows = self._rows.setdefault(caller, OrderedDict())
+        for row_id, digest in texts.items():
+            rows[row_id] = (digest, now_s)
         while len(rows) > _MAX_ROWS:
-            del rows[next(iter(rows))]
+            rows.popitem(last=False)
         self._rows.move_to_end(caller)
         if len(self._rows) > _MAX_CALLERS:
             self._rows.popitem(last=False)
 
     def discard(self, caller: Caller, row_ids: Iterable[int]) -> None:
         """The caller deleted these rows: no vector will come."""
-        rows = self._rows.get(caller, {})
-        for row_id in row_ids:
-            rows.pop(row_id, None)
+        rows = self._rows.get(caller)
+        if rows is not None:
+            for row_id in row_ids:
+                rows.pop(row_id, None)
 
     def advanced(self) -> None:
         """The index applied more changes: whoever waits looks again."""
@@ -63,11 +66,11 @@ class OwnWrites:
         if rows is None:
             return False
         given_up_s = time.monotonic() - _GIVE_UP_S
-        left = {
-            row_id: (digest, noted_s)
+        left = OrderedDict(
+            (row_id, (digest, noted_s))
             for row_id, (digest, noted_s) in rows.items()
             if noted_s > given_up_s and not self._has_vector(row_id, digest)
-        }
+        )
         if left:
             self._rows[caller] = left
             return True
