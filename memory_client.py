@@ -186,10 +186,8 @@ class AsyncMemoryClient(ClientMethods[Coroutine[Any, Any, Reply]]):
             pipe.release()
 
     async def _attempt(self, pipe: Pipe, call: Call) -> None:
-        pause_s = call.resume_at_s - time.monotonic()
-        if pause_s > 0.0:
-            await asyncio.sleep(pause_s)
         try:
+            await pipe.pause(call.resume_at_s)
             await pipe.attempt(call)
         except ClientClosed as error:
             call.fail(error)

@@ -6,6 +6,7 @@ Used by memory_client.py alone. It moves messages; what they mean is client_core
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import time
 from typing import Any, Final
@@ -42,6 +43,7 @@ class Pipe:
         self._received_s = 0.0
         self._link: Link | None = None
         self._closed = False
+        self._ended = asyncio.Event()
 
     async def acquire(self, until_s: float) -> bool:
         """Take one of the places for calls in flight; False: none became free in time."""
@@ -55,6 +57,12 @@ class Pipe:
 
     def release(self) -> None:
         self._slots.release()
+
+    async def pause(self, until_s: float) -> None:
+        """Wait until then, or until `close`."""
+        while (left_s := until_s - time.monotonic()) > 0.0 and not self._closed:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._ended.wait(), left_s)
 
     async def attempt(self, call: Call) -> None:
         """One attempt of a call. Raises ZMQError when no socket can be made, ClientClosed after `close`."""
@@ -173,6 +181,7 @@ class Pipe:
 
     def close(self) -> None:
         self._closed = True
+        self._ended.set()
         self._drop_link()
         self._context.term()
 

@@ -144,7 +144,7 @@ class Runtime:
     def _build_services(self) -> None:
         settings = self._settings
         view = RecordView(settings.lifecycle)
-        queries = Queries(self._readers, settings.lifecycle)
+        queries = self._queries = Queries(self._readers, settings.lifecycle)
         accesses = AccessBuffer()
         writing = WritingService(self._writer, queries, view, idempotency=settings.storage.idempotency)
         reading = ReadingService(

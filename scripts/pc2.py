@@ -73,16 +73,17 @@ def revive(run: RunDir) -> None:
 
 
 def wait_healthy(
-    run: RunDir, deployment: Deployment, timeout_s: float, seen_bytes: Mapping[str, int], *, restarts: bool
+    run: RunDir, deployment: Deployment, deadline: float, seen_bytes: Mapping[str, int], *, restarts: bool
 ) -> None:
     """Return when every program answers; raise Failure at the deadline, or as soon as one is given up.
 
     Without `restarts` the first exit of a program counts, otherwise only supervisord's last word on it.
     `seen_bytes` is the size of each console log before the start: what follows is quoted.
     """
-    deadline = time.monotonic() + timeout_s
     waiting, first_pids = dict(deployment.addresses), dict[str, int]()
     while True:
+        if run.supervisor_pid() is None:
+            raise Failure(f"supervisord ended; see {deployment.log_dir}")
         for name, info in run.processes().items():
             if name not in waiting:
                 continue
@@ -93,7 +94,7 @@ def wait_healthy(
         if not waiting:
             return
         if time.monotonic() > deadline:
-            raise Failure(f"{', '.join(waiting)}: not healthy after {timeout_s:g} s; see {deployment.log_dir}")
+            raise Failure(f"{', '.join(waiting)}: not healthy in time; see {deployment.log_dir}")
         time.sleep(POLL_S)
 
 
@@ -140,27 +141,28 @@ def print_table(run: RunDir, deployment: Deployment) -> bool:
 
 def start(timeout_s: float) -> int:
     run = RunDir(os.environ)
+    deadline = time.monotonic() + timeout_s
     with run.lock():
         running = run.supervisor_pid()
         if running is not None:
             deployment = Deployment.stored(run.deployment)
             seen_bytes = deployment.console_sizes()
             revive(run)
-            wait_healthy(run, deployment, timeout_s, seen_bytes, restarts=True)
+            wait_healthy(run, deployment, deadline, seen_bytes, restarts=True)
         else:
-            deployment = first_start(run, timeout_s)
+            deployment = first_start(run, deadline)
     if running is not None and os.environ.get(CONFIG_VARIABLE):
         wanted = str(config_file(None, os.environ))
         if wanted != deployment.config:
             print(f"already running with {deployment.config}: stop it first to use {wanted}", file=sys.stderr)
-    wait_loaded(deployment, timeout_s)
+    wait_loaded(deployment, deadline)
     print_table(run, deployment)
     return 0
 
 
-def wait_loaded(deployment: Deployment, timeout_s: float) -> None:
+def wait_loaded(deployment: Deployment, deadline: float) -> None:
     """Give what is still loading, the embedding model above all, time to become ready; the table says what is not."""
-    deadline, told = time.monotonic() + timeout_s, False
+    told = False
     for name, address in deployment.addresses.items():
         while (ask_health(address) or {}).get("state") == "starting" and time.monotonic() < deadline:
             if not told:
@@ -169,7 +171,7 @@ def wait_loaded(deployment: Deployment, timeout_s: float) -> None:
             time.sleep(POLL_S)
 
 
-def first_start(run: RunDir, timeout_s: float) -> Deployment:
+def first_start(run: RunDir, deadline: float) -> Deployment:
     """Check what can be checked, start everything, wait; leaves nothing behind when that fails."""
     deployment = Deployment.planned(load_settings(), config_file(None, os.environ))
     for address in deployment.addresses.values():
@@ -178,7 +180,7 @@ def first_start(run: RunDir, timeout_s: float) -> Deployment:
     print(f"starting {', '.join(deployment.addresses)} ...", file=sys.stderr)
     try:
         launch(run, deployment)
-        wait_healthy(run, deployment, timeout_s, seen_bytes, restarts=False)
+        wait_healthy(run, deployment, deadline, seen_bytes, restarts=False)
     except (Failure, KeyboardInterrupt):
         pid = run.supervisor_pid()
         if pid is not None:

@@ -46,6 +46,11 @@ class Group:
     sequences_before: dict[str, int] = field(default_factory=dict)
     sequences: dict[str, int] = field(default_factory=dict)
 
+    def names(self) -> dict[str, list[str]]:
+        """For a log line: the request_ids of the first of them."""
+        named = [outcome.job.request_id for outcome in self.outcomes]
+        return {"request_ids": [request_id for request_id in named if request_id is not None][:8]}
+
 
 class GroupRunner:
     """Takes jobs from their lanes and commits them together. Used by the writer's thread alone.
@@ -189,7 +194,7 @@ class GroupRunner:
             group.outcomes = [Outcome(job) for job in waiting.take_all()]
         self._sequences.update(group.sequences_before)
         named = _named(error)
-        log.error("group_failed", error=repr(error), requests=len(group.outcomes), code=named.code)
+        log.error("group_failed", error=repr(error), code=named.code, requests=len(group.outcomes), **group.names())
         for outcome in group.outcomes:
             outcome.reply, outcome.context = None, None
             outcome.error = outcome.error or named

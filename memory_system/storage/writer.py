@@ -137,13 +137,13 @@ class Writer:
         try:
             self._loop.call_soon_threadsafe(self._finish_jobs, group)
         except RuntimeError:
-            log.warning("replies_dropped", requests=len(group.outcomes), reason="the event loop is closed")
+            log.warning("replies_dropped", reason="the event loop is closed", **group.names())
 
     def _finish_jobs(self, group: Group) -> None:
         """On the event loop: first the caches follow, then the new numbers show, then the callers hear of it."""
         for outcome in group.outcomes:
             if outcome.context is not None:
-                self._tell(outcome.context.changes)
+                self._tell(outcome)
         self._committed.update(group.sequences)
         self.last_commit_at = self._clock()
         for outcome in group.outcomes:
@@ -157,11 +157,12 @@ class Writer:
                 assert outcome.reply is not None
                 future.set_result(outcome.reply)
 
-    def _tell(self, changes: Changes) -> None:
+    def _tell(self, outcome: Outcome) -> None:
+        assert outcome.context is not None
         try:
-            self._on_commit(changes)
+            self._on_commit(outcome.context.changes)
         except Exception:  # the commit is a fact, whatever a cache makes of it, and is to be acknowledged
-            log.exception("commit_listener_failed")
+            log.exception("commit_listener_failed", request_id=outcome.job.request_id)
 
     def _fail(self, error: Exception) -> None:
         """Stop acknowledging: what waits is answered with the error, and the program is told to end."""

@@ -16,9 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zmq
 
+from memory_system.errors import Busy, ShuttingDown
 from memory_system.settings import NetworkSettings, SecuritySettings, Settings
 from orchestrator import Orchestrator as Service
+from orchestrator import _Load
 from tests.support.process import Orchestrator, free_port, running_orchestrator, wait_until
 from tests.support.wire import decode, encode, envelope
 
@@ -228,13 +231,62 @@ def test_peers_that_are_not_named_are_refused_in_words() -> None:
     assert stranger is not None and "203.0.113.9" in stranger and "security.insecure_peers" in stranger
 
 
+def test_requests_in_flight_are_bounded_in_number_and_bytes() -> None:
+    async def scenario() -> None:
+        service = Service(Settings())
+        limits = service.settings.limits
+        try:
+            for requests, mb in ((limits.max_in_flight_per_client, 0.0), (1, limits.max_in_flight_mb_per_client)):
+                load = service._in_flight[b"a"] = _Load()
+                load.requests, load.size = requests, int(mb * 2**20)
+                assert isinstance(service._objection(b"a", ""), Busy)
+                assert service._objection(b"b", "") is None
+            for requests, mb in ((limits.max_in_flight, 0.0), (1, limits.max_in_flight_mb)):
+                assert not service._is_full()
+                service._total.requests, service._total.size = requests, int(mb * 2**20)
+                assert service._is_full()
+                service._total = _Load()
+            service._draining = True
+            assert isinstance(service._objection(b"b", ""), ShuttingDown)
+        finally:
+            service._close_socket()
+
+    asyncio.run(scenario())
+
+
+def test_the_socket_has_the_options_that_a_hostile_network_needs() -> None:
+    async def options() -> dict[str, int]:
+        service = Service(replace(Settings(), network=NetworkSettings(port=free_port())))
+        try:
+            service._bind()
+            return {name: service._socket.getsockopt(getattr(zmq, name)) for name in expected}
+        finally:
+            service._close_socket()
+
+    expected = {
+        "MAXMSGSIZE": 16 * 2**20,
+        "RCVHWM": 128,
+        "SNDHWM": 128,
+        "HANDSHAKE_IVL": 3000,
+        "HEARTBEAT_IVL": 10_000,
+        "HEARTBEAT_TIMEOUT": 20_000,
+        "HEARTBEAT_TTL": 30_000,
+        "TCP_KEEPALIVE": 1,
+        "TCP_KEEPALIVE_IDLE": 60,
+        "TCP_KEEPALIVE_INTVL": 15,
+        "TCP_KEEPALIVE_CNT": 4,
+        "BACKLOG": 1024,
+        "LINGER": 500,
+    }
+    assert asyncio.run(options()) == expected
+
+
 def test_it_serves_before_its_model_is_loaded(tmp_path: Path) -> None:
     model = {"embedding__provider": "sentence-transformers", "embedding__threads": 1}
     with running_orchestrator(tmp_path, start=False, **model) as orchestrator:
         orchestrator.start(wait=False)
         orchestrator.wait_ready()
         health = orchestrator.ask("health_check")
-        assert health["uptime_s"] < 5.0
         assert (health["state"], health["readiness"]["embedding"]) == ("starting", "loading")
         memory_id = orchestrator.ask("add_memory", content="Ada went to a painting class")["memory_id"]
         assert orchestrator.ask("get_memory", memory_id=memory_id)["memory"]["version"] == 1

@@ -208,7 +208,7 @@ def test_nonsense_options_are_refused(options: dict[str, Any], make: Callable[..
 
 def test_the_breaker_on_the_wire(make: Callable[..., Any], server: FakeOrchestrator) -> None:
     server.default = drop
-    client = make(timeout_ms=60, failure_threshold=2, reset_timeout_s=0.5)
+    client = make(timeout_ms=250, failure_threshold=2, reset_timeout_s=0.5)
     assert client.get_circuit_breaker_status() == {
         "state": "closed",
         "failure_count": 0,
@@ -240,7 +240,7 @@ def test_the_breaker_on_the_wire(make: Callable[..., Any], server: FakeOrchestra
 def test_an_error_reply_closes_the_breaker(make: Callable[..., Any], server: FakeOrchestrator) -> None:
     server.script.extend([drop, drop])
     server.default = error("memory_not_found")
-    client = make(timeout_ms=100, failure_threshold=2)
+    client = make(timeout_ms=250, failure_threshold=2)
     client.stats()
     client.stats()
     assert client.get_circuit_breaker_status()["failure_count"] == 0

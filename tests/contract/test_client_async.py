@@ -10,7 +10,7 @@ import pytest
 import uvloop
 
 from memory_client import AsyncMemoryClient
-from tests.contract.fake_orchestrator import FakeOrchestrator, drop, ok
+from tests.contract.fake_orchestrator import FakeOrchestrator, busy, drop, ok
 
 LOOPS = pytest.mark.parametrize("run", [asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
 
@@ -100,6 +100,20 @@ def test_close_ends_calls_in_flight(server: FakeOrchestrator) -> None:
 
     reply = asyncio.run(main())
     assert (reply["error_code"], reply["outcome"]) == ("client_closed", "unknown")
+
+
+def test_close_ends_a_call_that_waits_to_be_repeated(server: FakeOrchestrator) -> None:
+    server.default = busy(30_000.0)
+
+    async def main() -> dict[str, Any]:
+        client = AsyncMemoryClient(server.endpoint, timeout_ms=60_000)
+        call = asyncio.create_task(client.add_memory("x"))
+        await asyncio.to_thread(server.wait_for, 1)
+        await asyncio.sleep(0.1)  # the answer arrives and the pause begins
+        await client.close()
+        return await asyncio.wait_for(call, 10.0)
+
+    assert asyncio.run(main())["error_code"] == "client_closed"
 
 
 def test_no_free_place_is_not_sent(server: FakeOrchestrator) -> None:

@@ -22,6 +22,7 @@ async def family(service: Service) -> dict[str, Any]:
     for memory_id in (expiring, staying):
         await service.ok("add_to_group", memory_id=memory_id, group_id=group)
     await service.ok("add_relationship", source_id=staying, target_id=expiring, relationship_type="r")
+    await service.ok("add_relationship", source_id=expiring, target_id=staying, relationship_type="back")
     await service.settled()
     return {"parent": parent, "expiring": expiring, "staying": staying, "below": below, "group": group}
 
@@ -141,7 +142,7 @@ async def test_expiry_can_be_moved_and_cleared(service: Service) -> None:
 @service_test()
 async def test_expired_results_do_not_starve_a_search(service: Service) -> None:
     soon = service.clock.time() + 100
-    batch = [{"content": f"cello {number}", "expires_at": soon} for number in range(50)]
+    batch = [{"content": f"cello {number}", "expires_at": soon} for number in range(300)]
     await service.ok("batch_add_memories", memories=batch)
     staying = await service.add("cello cello cello and many more words than the others have")
     await service.settled()

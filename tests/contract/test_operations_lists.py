@@ -219,3 +219,32 @@ async def test_a_page_stops_at_its_size_limit_and_the_rest_follows(service: Serv
         assert protocol.MAX_LIST_REPLY_BYTES - 70_000 < len(json.dumps(first["results"])) < 1.01 * 2**22, action
         found = await service.walk(action, **data)
         assert sorted(ids_of([item.get("memory", item) for item in found])) == sorted(ids), action
+
+
+@service_test()
+async def test_a_filter_on_importance_holds_as_of_the_first_page(service: Service) -> None:
+    for number in range(6):
+        await service.add(f"memory {number}", importance=0.5)
+    data = {"limit": 2, "filters": {"importance": {"gte": 0.4}}}
+    first = await service.ok("list_memories", **data)
+    service.clock.ahead_s = 30 * 86_400.0
+    assert (await service.ok("list_memories", **data, cursor=first["next_cursor"]))["count"] == 2
+    assert (await service.ok("list_memories", **data))["count"] == 0
+
+
+@service_test()
+async def test_a_cursor_belongs_to_its_arguments(service: Service) -> None:
+    ids = [await service.add(f"the same words {number}") for number in range(4)]
+    for target in ids[1:]:
+        await service.ok("add_relationship", source_id=ids[0], target_id=target, relationship_type="r")
+        await service.ok("add_relationship", source_id=target, target_id=ids[0], relationship_type="r")
+    for action, data, changes in (
+        ("list_memories", {"limit": 1, "filters": {"version": 1}}, {"filters": {"version": 2}}),
+        ("get_related_memories", {"limit": 1, "memory_id": ids[0]}, {"memory_id": ids[1]}),
+        ("get_related_memories", {"limit": 1, "memory_id": ids[0]}, {"direction": "incoming"}),
+        ("search_memory", {"limit": 1, "query": "words"}, {"query": "same"}),
+        ("semantic_search", {"k": 1, "query": "words", "mode": "keyword"}, {"mode": "dense"}),
+    ):
+        cursor = (await service.ok(action, **data))["next_cursor"]
+        await service.ok(action, **data, cursor=cursor)
+        await service.fails("invalid_cursor", action, **(data | changes), cursor=cursor)

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sqlite3
 import threading
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
-from memory_system.errors import StorageFailed
+from memory_system import housekeeping
+from memory_system.access import AccessBuffer
+from memory_system.errors import DeadlineExceeded, StorageFailed
+from memory_system.search.connections import Connections
 from memory_system.storage import database
 from memory_system.storage.context import Reply, WriteContext
 from memory_system.storage.readers import Readers
@@ -183,5 +188,65 @@ def test_accesses_survive_a_flush_that_fails(tmp_path: Path) -> None:
             db.execute("PRAGMA query_only = 0")
             await service.runtime._housekeeping.flush_accesses()
             assert service.rows("SELECT access_count FROM memories") == [(2,)]
+
+    asyncio.run(scenario())
+
+
+def test_no_read_takes_longer_than_its_limit(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        path = tmp_path / "memory.db"
+        database.open_store(path).close()
+        readers = Readers(path, 1, query_s=0.2)
+        await readers.start()
+        try:
+            with pytest.raises(DeadlineExceeded, match="query_s"):
+                await asyncio.wait_for(readers.fetch(COUNT, (10**12,)), 20.0)
+            assert await readers.fetch("SELECT 1") == [(1,)]
+        finally:
+            await readers.close()
+
+    asyncio.run(scenario())
+
+
+def test_no_query_of_a_search_takes_longer_than_its_limit(tmp_path: Path) -> None:
+    path = tmp_path / "memory.db"
+    database.open_store(path).close()
+    connections = Connections(lambda: database.connect_reader(path), query_s=0.2)
+    began_s = time.monotonic()
+    with pytest.raises(sqlite3.OperationalError, match="interrupted"), connections.one() as db:
+        db.execute(COUNT, (10**12,)).fetchone()
+    # Far above the limit, far below what pytest would interrupt.
+    assert time.monotonic() - began_s < 20.0
+    with connections.one() as db:
+        assert db.execute("SELECT 1").fetchone() == (1,)
+    connections.close()
+
+
+def test_accesses_put_back_are_added_to_those_counted_meanwhile() -> None:
+    buffer = AccessBuffer()
+    buffer._accesses = {7: (1, 1.0, 10.0)}
+    taken = buffer.take()
+    buffer._accesses = {7: (1, 0.5, 20.0)}
+    buffer.put_back(taken)
+    assert buffer.take() == {7: (2, 1.5, 20.0)}
+
+
+def test_the_log_is_kept_as_far_as_the_index_has_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(housekeeping, "_LOG_KEPT", 0)
+
+    async def scenario() -> None:
+        async with running_service(tmp_path) as service:
+            keeping = service.runtime._housekeeping
+            applied = 0
+            keeping._applied_seq = lambda: applied
+            for number in range(3):
+                await service.add(f"memory {number}")
+            await service.settled()
+            logged = service.count("index_log")
+            await keeping.prune()
+            assert service.count("index_log") == logged >= 3
+            applied = service.rows("SELECT max(seq) FROM index_log")[0][0]
+            await keeping.prune()
+            assert service.count("index_log") == 1
 
     asyncio.run(scenario())
