@@ -5,13 +5,14 @@ Used by memory_client.py alone; nothing here decides anything about calls.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import itertools
 import math
 import os
 import threading
 import warnings
-import weakref
 from typing import Any, Final
 
 import zmq
@@ -110,14 +111,82 @@ class Link:
             del self.poller, self.monitor, self.socket
 
 
+class Sockets:
+    """One process's context and its links. The module keeps it alive until it is closed.
+
+    A client that nobody closed may be collected together with all that it owns, in any order; a context that goes
+    before its sockets then waits for them for ever. Kept here, they are closed in the right order: by `close` of the
+    client, which its finalizer calls, or when the program ends.
+    """
+
+    def __init__(self) -> None:
+        _close_at_exit()
+        self.pid = os.getpid()
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._links: set[Link] = set()
+        _open.add(self)
+
+    def connect(self, kind: int, endpoint: str, connect_timeout_ms: int) -> Link:
+        """A new link. Raises ZMQError."""
+        link = Link(self._context, kind, endpoint, connect_timeout_ms)
+        self._links.add(link)
+        return link
+
+    def drop(self, link: Link) -> None:
+        """Close a link that its only user has done with."""
+        link.close()
+        self._links.discard(link)
+
+    def close(self, *, force: bool = False) -> None:
+        """Close all links and the context; with `force` also a link that another thread does not let go of."""
+        if self.pid != os.getpid():
+            self._links.clear()  # inherited by a fork: let go while there is still a way to do it quietly
+            return
+        for link in list(self._links):
+            # A thread in the middle of a call closes its own link when it sees the end. Only a signal handler that
+            # interrupted this very thread waits in vain.
+            free = link.lock.acquire(timeout=RELEASE_S)
+            if free or force:
+                link.close()
+            if free:
+                link.lock.release()
+        if all(link.closed for link in self._links):
+            self._links.clear()
+            self._context.term()
+            _open.discard(self)
+
+
+_open: set[Sockets] = set()
+
+
+@functools.cache
+def _close_at_exit() -> None:
+    atexit.register(_close_all)
+
+
+def _close_all() -> None:
+    for sockets in list(_open):
+        sockets.close(force=True)
+
+
+class _ThreadEnd:
+    """Lies in a thread's local storage and goes with it: then the thread's link is closed."""
+
+    def __init__(self, sockets: Sockets, link: Link) -> None:
+        self._sockets, self._link = sockets, link
+
+    def __del__(self) -> None:
+        if self._sockets.pid == os.getpid():
+            self._sockets.drop(self._link)
+
+
 class Pool:
-    """One process's context and its links, one for each thread; a link closes when its thread ends."""
+    """One process's links, one for each thread; a link closes when its thread ends."""
 
     def __init__(self, endpoint: str, connect_timeout_ms: int) -> None:
         self._endpoint = endpoint
         self._connect_timeout_ms = connect_timeout_ms
-        self._context: zmq.Context[Any] | None = None
-        self._links: weakref.WeakSet[Link] = weakref.WeakSet()
+        self._sockets: Sockets | None = None
         self._lock = threading.Lock()
         self._local = threading.local()
         self._closed = False
@@ -130,22 +199,16 @@ class Pool:
         with self._lock:
             if self._closed:
                 raise ClientClosed("the client is closed")
-            if self._context is None:
-                self._context = zmq.Context()
-            link = Link(self._context, zmq.REQ, self._endpoint, self._connect_timeout_ms)
-            self._links.add(link)
+            if self._sockets is None:
+                self._sockets = Sockets()
+            link = self._sockets.connect(zmq.REQ, self._endpoint, self._connect_timeout_ms)
+        self._local.end = _ThreadEnd(self._sockets, link)  # lets go of the link before
         self._local.link = link
         return link
 
     def close(self) -> None:
         with self._lock:
             self._closed = True
-            links = list(self._links)
-        for link in links:
-            # A thread in the middle of a call closes its own link when it sees the end. Only a signal handler that
-            # interrupted this very thread waits in vain.
-            if link.lock.acquire(timeout=RELEASE_S):
-                link.close()
-                link.lock.release()
-        if self._context is not None and all(link.closed for link in links):
-            self._context.term()
+            sockets, self._sockets = self._sockets, None
+        if sockets is not None:
+            sockets.close()

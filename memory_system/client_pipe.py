@@ -14,7 +14,7 @@ from typing import Any, Final
 import zmq
 
 from memory_system.client_core import Call, Reply
-from memory_system.client_link import Link, only
+from memory_system.client_link import Link, Sockets, only
 from memory_system.errors import ClientClosed, InvalidReply, InvalidRequest
 from memory_system.protocol import decode_reply
 
@@ -37,7 +37,7 @@ class Pipe:
         self._endpoint = endpoint
         self._connect_timeout_ms = connect_timeout_ms
         self._slots = asyncio.Semaphore(MAX_IN_FLIGHT)
-        self._context: zmq.Context[Any] = zmq.Context()
+        self._sockets = Sockets()
         self._waiting: dict[str, asyncio.Future[Reply | InvalidReply | None]] = {}
         self._blocked: set[asyncio.Future[bool]] = set()
         self._received_s = 0.0
@@ -124,7 +124,7 @@ class Pipe:
         if self._closed:
             raise ClientClosed("the client is closed")
         if self._link is None:
-            self._link = link = Link(self._context, zmq.DEALER, self._endpoint, self._connect_timeout_ms)
+            self._link = link = self._sockets.connect(zmq.DEALER, self._endpoint, self._connect_timeout_ms)
             self.loop.add_reader(link.socket.getsockopt(zmq.FD), self._on_socket)
             self.loop.add_reader(link.monitor.getsockopt(zmq.FD), self._on_monitor)
             # A descriptor signals only after its socket was once found empty.
@@ -177,13 +177,13 @@ class Pipe:
                 _resolve(future, None)
             for connected in self._blocked:
                 _resolve(connected, True)  # to try again, on the next link
-        link.close()
+        self._sockets.drop(link)
 
     def close(self) -> None:
         self._closed = True
         self._ended.set()
         self._drop_link()
-        self._context.term()
+        self._sockets.close()
 
 
 def _resolve(future: asyncio.Future[Any], result: Any) -> None:

@@ -162,7 +162,7 @@ class EmbeddingSettings:
         noun="a name or a folder",
         check=_not_empty,
     )
-    threads: int = key(0, "CPU threads of the model; 0: one for each core.", unit="threads", span=(0, 1024))
+    threads: int = key(0, "CPU threads of the model; 0: half the cores, 1 to 4.", unit="threads", span=(0, 1024))
     nice: int = key(5, "Niceness of the model's process, so that it yields to the service.", span=(0, 19))
     batch_texts: int = key(32, "Most texts in one batch.", unit="texts", span=(1, 4096))
     batch_ms: float = key(

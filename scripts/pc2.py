@@ -42,7 +42,12 @@ HEADINGS: Final = ("PROGRAM", "ADDRESS", "STATE", "PID", "UPTIME", "NOTE")
 
 def launch(run: RunDir, deployment: Deployment) -> None:
     """Start supervisord in the background; it starts the programs."""
-    Path(deployment.log_dir).mkdir(parents=True, exist_ok=True)
+    try:
+        Path(deployment.log_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Failure(
+            f"log.dir {deployment.log_dir} cannot be used: {error.strerror}; set it to a writable folder"
+        ) from None
     deployment.store(run.deployment)
     environ = dict(os.environ)
     environ.update(
@@ -189,13 +194,25 @@ def first_start(run: RunDir, deadline: float) -> Deployment:
     return deployment
 
 
+def tell_not_running() -> bool:
+    """Say so; and whether a program answers all the same, as one does whose supervisord was killed."""
+    planned = Deployment.planned(load_settings(), config_file(None, os.environ))
+    left = [(name, address, ask_health(address)) for name, address in planned.addresses.items()]
+    for name, address, reply in left:
+        if reply is not None:
+            print(f"not under supervisord, but {name} answers at {address.shown}: pid {reply.get('pid', '?')}; kill it")
+    orphaned = any(reply is not None for _, _, reply in left)
+    if not orphaned:
+        print("not running")
+    return orphaned
+
+
 def stop() -> int:
     run = RunDir(os.environ)
     with run.lock():
         pid = run.supervisor_pid()
         if pid is None:
-            print("not running")
-            return 0
+            return 1 if tell_not_running() else 0
         shut_down(run, pid)
     print("stopped")
     return 0
@@ -204,7 +221,7 @@ def stop() -> int:
 def status() -> int:
     run = RunDir(os.environ)
     if run.supervisor_pid() is None:
-        print("not running")
+        tell_not_running()
         return NOT_RUNNING
     return 0 if print_table(run, Deployment.stored(run.deployment)) else 1
 

@@ -289,7 +289,7 @@ def _hit(
     ranked: ranking.Ranked, at: int, shares: dict[int, float], present: dict[int, bytes], query: SearchQuery
 ) -> Hit:
     row_id = int(ranked.row_ids[at])
-    similarity = None if np.isnan(ranked.similarity[at]) else float(ranked.similarity[at])
+    similarity = None if np.isnan(ranked.similarity[at]) else min(1.0, max(-1.0, float(ranked.similarity[at])))
     parts: dict[str, Any] | None = None
     if query.explain:
         parts = {

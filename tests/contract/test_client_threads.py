@@ -131,3 +131,40 @@ def run_python(script: str, warnings: str = "error") -> str:
     )
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     return done.stdout
+
+
+FORGOTTEN = """
+import asyncio, gc, sys
+from memory_client import AsyncMemoryClient, MemoryClient
+
+memory = MemoryClient(sys.argv[1], timeout_ms=2000)
+
+
+def ask():
+    return memory.stats()  # the function knows the module, the module the client: a cycle that nobody closes
+
+
+class Agent:
+    def __init__(self, client):
+        self.client, self.me = client, self
+
+
+async def asynchronous():
+    await Agent(AsyncMemoryClient(sys.argv[1], timeout_ms=2000)).client.stats()
+    gc.collect()
+
+
+ask()
+Agent(MemoryClient(sys.argv[1], timeout_ms=2000)).client.stats()
+gc.collect()
+asyncio.run(asynchronous())
+print("done")
+"""
+
+
+def test_clients_that_nobody_closed_hold_up_nothing(server: FakeOrchestrator) -> None:
+    """A context that is collected before its sockets waits for them for ever."""
+    done = subprocess.run(
+        [sys.executable, "-c", FORGOTTEN, server.endpoint], cwd=ROOT, capture_output=True, text=True, timeout=30
+    )
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
