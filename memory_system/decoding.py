@@ -29,7 +29,8 @@ _MISSING = re.compile(r"^Object missing required field `(.*)`")
 _NAMED = re.compile(r"^`(\w+)` ")
 _REGEX = re.compile(r" matching regex .*$", re.DOTALL)
 
-_STRINGS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+# One that is never closed reaches to the end, and nothing is tried twice: otherwise a body of quotes takes hours.
+_STRINGS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 _LARGE_JSON = 1024 * 1024
 
 _TYPES: tuple[type[Struct], ...] = (Envelope, *dict.fromkeys(PARAMS.values()), UpdatePayload)

@@ -257,3 +257,10 @@ def test_the_client_reads_what_the_service_writes(tree: dict[str, Any]) -> None:
     reply = {"status": "success", "commit_seq": 1, "memory": tree}
     for encoding in ENCODINGS:
         assert protocol.decode_reply(encoding.encode(reply)) == reply
+
+
+def test_a_string_that_is_never_closed_is_looked_through_once() -> None:
+    """Tried anew at each of its quotes, this body would take hours; the deadline of the test is what fails."""
+    body = b'{"action":"stats","x":[' + b"1," * 600_000 + b'"' + b'\\"' * 1_000_000
+    with pytest.raises(InvalidRequest):
+        decode_envelope(body, JSON)
