@@ -37,6 +37,11 @@ def check_bind(network: NetworkSettings, security: SecuritySettings) -> None:
         )
 
 
+def policy_for(network: NetworkSettings, security: SecuritySettings) -> PeerPolicy | None:
+    """The policy of a socket that listens on `network.bind`; None on loopback, where every peer is of this machine."""
+    return None if is_loopback(network.bind) else PeerPolicy(security)
+
+
 class PeerPolicy:
     """Which addresses may send plaintext requests: loopback, and the networks of `security.insecure_peers`."""
 

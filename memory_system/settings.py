@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from memory_system.config_loader import Key, key, load_environment, load_file, overlay, rule, walk
 from memory_system.errors import ConfigError
+from memory_system.health_settings import ErrorBusSettings, HealthSettings, MetricsSettings
 
 PROJECT: Final = Path(__file__).resolve().parent.parent
 CONFIG_VARIABLE: Final = "MEMORY_CONFIG"
@@ -264,6 +265,9 @@ class Settings:
     lifecycle: LifecycleSettings = field(default_factory=LifecycleSettings)
     security: SecuritySettings = field(default_factory=SecuritySettings)
     log: LogSettings = field(default_factory=LogSettings)
+    health: HealthSettings = field(default_factory=HealthSettings)
+    error_bus: ErrorBusSettings = field(default_factory=ErrorBusSettings)
+    metrics: MetricsSettings = field(default_factory=MetricsSettings)
 
     def all_keys(self) -> Iterator[Key]:
         """Every key with its value in this object and its rule, in the order of the documentation."""

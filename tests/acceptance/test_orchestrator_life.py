@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 import zmq
 
-from memory_system.errors import Busy, ShuttingDown
+from memory_system.errors import Busy, MemorySystemError, ShuttingDown
+from memory_system.request_server import Admission, Load
 from memory_system.settings import NetworkSettings, SecuritySettings, Settings
 from orchestrator import Orchestrator as Service
-from orchestrator import _Load
 from tests.support.process import Orchestrator, free_port, running_orchestrator, wait_until
 from tests.support.wire import decode, encode, envelope
 
@@ -217,14 +217,24 @@ def test_named_peers_may_come_in_when_it_binds_to_all_addresses(tmp_path: Path) 
 def test_peers_that_are_not_named_are_refused_in_words() -> None:
     """The decision alone: the tests send nothing to other addresses than loopback."""
 
+    class Outcomes(list[str | None]):
+        def handle(self, body: bytes, reply: object, peer: bytes) -> None:
+            self.append(None)
+
+        def refuse(self, body: bytes, error: MemorySystemError) -> bytes:
+            self.append(error.message)
+            return b""
+
     async def objections() -> list[str | None]:
         security = SecuritySettings(allow_insecure=True, insecure_peers=("198.51.100.0/24",))
-        orchestrator = Service(replace(Settings(), network=NetworkSettings(bind="0.0.0.0"), security=security))
+        service = Service(replace(Settings(), network=NetworkSettings(bind="0.0.0.0"), security=security))
+        outcomes = service.server._answerer = Outcomes()
         try:
-            found = [orchestrator._objection(b"peer", each) for each in ("127.0.0.1", "198.51.100.7", "203.0.113.9")]
-            return [None if error is None else error.message for error in found]
+            for address in ("127.0.0.1", "198.51.100.7", "203.0.113.9"):
+                service.server.router._deliver([b"peer", b"", b"body"], address)
+            return outcomes
         finally:
-            orchestrator._close_socket()
+            service.server.close()
 
     loopback, named, stranger = asyncio.run(objections())
     assert loopback is None and named is None
@@ -232,36 +242,30 @@ def test_peers_that_are_not_named_are_refused_in_words() -> None:
 
 
 def test_requests_in_flight_are_bounded_in_number_and_bytes() -> None:
-    async def scenario() -> None:
-        service = Service(Settings())
-        limits = service.settings.limits
-        try:
-            for requests, mb in ((limits.max_in_flight_per_client, 0.0), (1, limits.max_in_flight_mb_per_client)):
-                load = service._in_flight[b"a"] = _Load()
-                load.requests, load.size = requests, int(mb * 2**20)
-                assert isinstance(service._objection(b"a", ""), Busy)
-                assert service._objection(b"b", "") is None
-            for requests, mb in ((limits.max_in_flight, 0.0), (1, limits.max_in_flight_mb)):
-                assert not service._is_full()
-                service._total.requests, service._total.size = requests, int(mb * 2**20)
-                assert service._is_full()
-                service._total = _Load()
-            service._draining = True
-            assert isinstance(service._objection(b"b", ""), ShuttingDown)
-        finally:
-            service._close_socket()
-
-    asyncio.run(scenario())
+    limits = Settings().limits
+    admission = Admission(limits)
+    for requests, mb in ((limits.max_in_flight_per_client, 0.0), (1, limits.max_in_flight_mb_per_client)):
+        load = admission.by_peer[b"a"] = Load()
+        load.requests, load.size = requests, int(mb * 2**20)
+        assert isinstance(admission.objection(b"a"), Busy)
+        assert admission.objection(b"b") is None
+    for requests, mb in ((limits.max_in_flight, 0.0), (1, limits.max_in_flight_mb)):
+        assert not admission.is_full()
+        admission.total.requests, admission.total.size = requests, int(mb * 2**20)
+        assert admission.is_full()
+        admission.total = Load()
+    admission.draining = True
+    assert isinstance(admission.objection(b"b"), ShuttingDown)
 
 
 def test_the_socket_has_the_options_that_a_hostile_network_needs() -> None:
     async def options() -> dict[str, int]:
         service = Service(replace(Settings(), network=NetworkSettings(port=free_port())))
         try:
-            service._bind()
-            return {name: service._socket.getsockopt(getattr(zmq, name)) for name in expected}
+            service.server.bind()
+            return {name: service.server.router._socket.getsockopt(getattr(zmq, name)) for name in expected}
         finally:
-            service._close_socket()
+            service.server.close()
 
     expected = {
         "MAXMSGSIZE": 16 * 2**20,

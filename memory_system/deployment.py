@@ -1,0 +1,83 @@
+"""Which programs make up host PC2 and where each answers: the reading of config/supervisord.conf."""
+
+from __future__ import annotations
+
+import configparser
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from memory_system.errors import ConfigError
+from memory_system.settings import PROJECT, Settings
+
+SUPERVISOR_CONFIG: Final = PROJECT / "config" / "supervisord.conf"
+_PROGRAM: Final = "program:"
+_HERE: Final = {"0.0.0.0": "127.0.0.1", "localhost": "127.0.0.1", "::": "::1", "[::]": "::1"}
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a program listens, and the settings section that says so."""
+
+    section: str
+    bind: str
+    port: int
+
+    @property
+    def shown(self) -> str:
+        return f"tcp://{_bracketed(self.bind)}:{self.port}"
+
+    @property
+    def endpoint(self) -> str:
+        """What a caller on this host connects to."""
+        return f"tcp://{_bracketed(_HERE.get(self.bind, self.bind))}:{self.port}"
+
+    @property
+    def is_ipv6(self) -> bool:
+        return ":" in self.bind
+
+    @property
+    def bind_key(self) -> str:
+        """The settings key of `bind`: every program listens on the address of the service."""
+        return "network.bind"
+
+    @property
+    def port_key(self) -> str:
+        return f"{self.section}.port"
+
+
+def program_addresses(settings: Settings, path: Path = SUPERVISOR_CONFIG) -> dict[str, Address]:
+    """The address of each program that supervisord runs, by its name there, in the order of the file.
+
+    Raises ConfigError when the file cannot be read, or a program in it has no `address` that names a settings section
+    with a port.
+    """
+    return {name: _address(name, section, settings) for name, section in _programs(path)}
+
+
+def _programs(path: Path) -> Iterator[tuple[str, str]]:
+    """Name and settings section of each program. Raises ConfigError."""
+    parser = configparser.RawConfigParser(inline_comment_prefixes=(";", "#"))
+    try:
+        with open(path, encoding="utf-8") as file:
+            parser.read_file(file)
+    except (OSError, UnicodeDecodeError, configparser.Error) as error:
+        raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    for name in parser.sections():
+        if name.startswith(_PROGRAM):
+            yield name.removeprefix(_PROGRAM), parser.get(name, "address", fallback="")
+
+
+def _address(program: str, section: str, settings: Settings) -> Address:
+    port = getattr(getattr(settings, section, None), "port", None)
+    if not isinstance(port, int):
+        raise ConfigError(
+            f"[{_PROGRAM}{program}] has address={section or '(none)'}: "
+            "expected a section of the settings that has a port, such as network"
+        )
+    return Address(section, settings.network.bind, port)
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host
