@@ -5,7 +5,7 @@
 
 What counts as a failure is the caller's decision. A verdict is about the peer, not about the call that brought it:
 a success that arrives late, from a call begun before the breaker opened, closes it as well.
-All times are monotonic seconds.
+Who opens it, and who closes it, is told so. All times are monotonic seconds.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 State = Literal["closed", "open", "half_open"]
+# What a verdict changed. A probe that fails changes nothing: the breaker stays open.
+Transition = Literal["opened", "closed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,22 +63,23 @@ class CircuitBreaker:
             self._probe_at_s = now_s + self.reset_timeout_s
             return True
 
-    def success(self, now_s: float) -> None:
+    def success(self, now_s: float) -> Transition | None:
         """The peer answered: close, and forget the failures counted so far."""
         with self._lock:
-            self._state = "closed"
             self._failure_count = 0
+            return self._close()
 
-    def failure(self, now_s: float) -> None:
+    def failure(self, now_s: float) -> Transition | None:
         """The peer did not answer. While open it changes no deadline: late failures must not prolong the outage."""
         with self._lock:
             self._failure_count += 1
             self._last_failure_s = now_s
-            if self._state == "half_open" or (
-                self._state == "closed" and self._failure_count >= self.failure_threshold
-            ):
+            before = self._state
+            if before == "half_open" or (before == "closed" and self._failure_count >= self.failure_threshold):
                 self._state = "open"
                 self._probe_at_s = now_s + self.reset_timeout_s
+                return "opened" if before == "closed" else None
+            return None
 
     def abandon(self) -> None:
         """The call ended without a verdict (busy, cancelled): if it was the probe, the next caller gets it."""
@@ -84,12 +87,16 @@ class CircuitBreaker:
             if self._state == "half_open":
                 self._probe_at_s = float("-inf")
 
-    def reset(self) -> None:
+    def reset(self) -> Transition | None:
         """Back to the state after construction."""
         with self._lock:
-            self._state = "closed"
             self._failure_count = 0
             self._last_failure_s = None
+            return self._close()
+
+    def _close(self) -> Transition | None:
+        before, self._state = self._state, "closed"
+        return None if before == "closed" else "closed"
 
     def retry_after_s(self, now_s: float) -> float:
         """Seconds until `allow` can return True; 0.0 if it would now."""

@@ -16,7 +16,7 @@ T = TypeVar("T", bound=Struct)
 
 
 class Call(Struct, frozen=True, kw_only=True):
-    """Who asks, where and by when. `now_s` is wall time, `deadline_s` monotonic."""
+    """Who asks, where and by when. `now_s` is wall time, `started_s` and `deadline_s` are monotonic."""
 
     action: str
     peer: bytes  # the connection
@@ -28,6 +28,7 @@ class Call(Struct, frozen=True, kw_only=True):
     encoding: Encoding
     legacy: bool
     now_s: float
+    started_s: float
     deadline_s: float | None
     note_ignored: Callable[[], None]
 

@@ -17,51 +17,22 @@ All times ending in `_s` are monotonic seconds.
 from __future__ import annotations
 
 import abc
-import functools
 import os
 import time
 from typing import Any, Final, Generic, TypeVar
 
 from memory_system import errors
 from memory_system import protocol as p
-from memory_system.breaker import CircuitBreaker
+from memory_system.breaker import CircuitBreaker, Transition
+from memory_system.client_reports import Reports, bus_endpoint
+from memory_system.client_retry import backoff_s, retry_after_s
 
 Reply = dict[str, Any]
 R = TypeVar("R")
 
-# Error replies that say "not now" about the service, not about the call. Any other retryable error is repeated
-# only if the service says when: a full disk is not waited for.
-REFUSALS: Final = frozenset({"busy", "rate_limited", "shutting_down"})
 MAX_DEADLINE_MS: Final = 86_400_000.0
 # Less time than this is not worth an attempt; timers of some event loops fire up to 1 ms early.
 MIN_ATTEMPT_S: Final = 0.001
-
-
-@functools.cache
-def _tenacity() -> tuple[Any, Any]:
-    import tenacity  # Loaded at the first retry: most processes never need it.
-
-    # Full jitter; the low cap keeps the time between a restart of the service and the next attempt short.
-    return tenacity, tenacity.Retrying(wait=tenacity.wait_random_exponential(multiplier=0.05, max=0.5))
-
-
-def backoff_s(attempt: int) -> float:
-    """Seconds to wait after the attempt with this number (from 1): random within 50 ms, 100 ms, ... 500 ms."""
-    tenacity, policy = _tenacity()
-    state = tenacity.RetryCallState(policy, None, (), {})
-    state.attempt_number = attempt
-    return float(policy.wait(state))
-
-
-def retry_after_s(reply: Reply) -> float | None:
-    """How long an error reply asks to wait before the same call is repeated; None: do not repeat it."""
-    details = reply.get("details")
-    asked_ms = details.get("retry_after_ms") if isinstance(details, dict) else None
-    if not isinstance(asked_ms, (int, float)) or not asked_ms >= 0.0:
-        asked_ms = None
-    if reply.get("error_code") in REFUSALS or (reply.get("retryable") and asked_ms is not None):
-        return (asked_ms or 0.0) / 1000.0
-    return None
 
 
 class Call:
@@ -83,6 +54,7 @@ class Call:
         "request_id",
         "resume_at_s",
         "sent_s",
+        "transition",
     )
 
     def __init__(
@@ -91,6 +63,7 @@ class Call:
         self.action: str = request["action"]
         self.request_id: str = request["request_id"]
         self.reply: Reply | None = None
+        self.transition: Transition | None = None  # what its end changed about the circuit breaker
         self.deadline_s = now_s + timeout_s
         self.resume_at_s = self.sent_s = self.attempt_ends_s = now_s
         self._request = request
@@ -190,7 +163,7 @@ class Call:
             reply["outcome"] = "unknown" if self._lost and reply.get("retryable") else "failed"
         self.reply = reply
         if self._breaker is not None:
-            self._breaker.success(now_s)
+            self.transition = self._breaker.success(now_s)
 
     def _expire(self, now_s: float) -> None:
         """The deadline is used up. It counts against the service only if nothing was heard from it."""
@@ -208,7 +181,7 @@ class Call:
         if self._heard:
             self._breaker.abandon()
         else:
-            self._breaker.failure(now_s)
+            self.transition = self._breaker.failure(now_s)
 
     def _error(self, error: errors.MemorySystemError) -> Reply:
         reply = p.error_reply(error.code, error.message, error.retryable, error.details, self.request_id)
@@ -227,6 +200,8 @@ class ClientCore(abc.ABC, Generic[R]):
     connect_timeout_ms: how long an attempt waits for a connection before it counts as not sent.
     raise_on_error: raise the error's exception (memory_system.errors) instead of returning the error dict;
         its `details` then have `outcome` and `request_id`.
+    error_bus: where failures are reported to, an endpoint; "": nowhere. None: the environment's MEMORY_ERROR_BUS_ADDR,
+        else port 7152 of the orchestrator's host if the orchestrator has its usual port, else nowhere.
     """
 
     def __init__(
@@ -242,6 +217,7 @@ class ClientCore(abc.ABC, Generic[R]):
         raise_on_error: bool = False,
         attempt_timeout_ms: float | None = None,
         connect_timeout_ms: int = 300,
+        error_bus: str | None = None,
     ) -> None:
         if not 1.0 <= timeout_ms <= MAX_DEADLINE_MS:
             raise ValueError(f"timeout_ms must be from 1 to {MAX_DEADLINE_MS:.0f}, not {timeout_ms}")
@@ -259,6 +235,7 @@ class ClientCore(abc.ABC, Generic[R]):
         # One for each process: a lock that another thread held during a fork stays locked in the child.
         self._breakers = {os.getpid(): CircuitBreaker(*self._breaker_limits)}
         self._connections: dict[int, Any] = {}  # the driver's, by process id
+        self._reports = Reports(self.endpoint, bus_endpoint(error_bus, self.endpoint))
         self._closed = False
 
     def set_agent_id(self, agent_id: str | None) -> None:
@@ -297,7 +274,9 @@ class ClientCore(abc.ABC, Generic[R]):
 
     def reset_circuit_breaker(self) -> None:
         """Close the breaker and forget its failures."""
-        self._breaker().reset()
+        breaker = self._breaker()
+        if (transition := breaker.reset()) is not None:
+            self._reports.tell_transition(transition, breaker.snapshot(time.monotonic()), self.agent_id)
 
     def _breaker(self) -> CircuitBreaker:
         pid = os.getpid()
@@ -333,14 +312,24 @@ class ClientCore(abc.ABC, Generic[R]):
         reply = call.reply
         assert reply is not None
         if reply["status"] == "error":
+            self._reports.tell_failure(reply, call.action, call.request_id, self.agent_id)
+            if call.transition is not None:
+                self._tell_transition(call, call.transition)
             if self.raise_on_error:
                 details = reply.get("details")
                 known = details if isinstance(details, dict) else {}
                 extra = {"outcome": reply["outcome"], "request_id": call.request_id}
                 raise errors.from_reply({**reply, "details": {**known, **extra}})
-        elif call.action == "create_session" and isinstance(reply.get("session_id"), str):
+            return reply
+        if call.transition is not None:
+            self._tell_transition(call, call.transition)
+        if call.action == "create_session" and isinstance(reply.get("session_id"), str):
             self.session_id = reply["session_id"]
         return reply
+
+    def _tell_transition(self, call: Call, transition: Transition) -> None:
+        seen = self._breaker().snapshot(time.monotonic())
+        self._reports.tell_transition(transition, seen, self.agent_id, call.request_id)
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"breaker={self._breaker().state}"

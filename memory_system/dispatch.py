@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import difflib
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
@@ -25,6 +24,7 @@ from memory_system.errors import (
 from memory_system.log import get_logger
 from memory_system.models import PARAMS, Envelope, Params
 from memory_system.storage.idempotency import fingerprint
+from memory_system.traffic import SUCCESS, Traffic
 
 log = get_logger("dispatch")
 
@@ -52,7 +52,7 @@ class Dispatcher:
         self._handlers = handlers
         self._commit_seq = commit_seq
         self._tasks: set[asyncio.Task[Reply]] = set()
-        self.counts: Counter[str] = Counter()
+        self.traffic = Traffic()
         self.ignored_fields = 0
 
     async def answer(self, body: bytes) -> bytes:
@@ -63,6 +63,7 @@ class Dispatcher:
 
     def handle(self, body: bytes, reply: Callable[[bytes], None], peer: bytes = b"") -> None:
         """Answer a request of a peer by calling `reply` exactly once, now or later on the event loop."""
+        started_s = time.monotonic()
         encoding = encoding_of(body)
         request_id: str | None = None
         action = "invalid"
@@ -70,15 +71,15 @@ class Dispatcher:
             envelope = self._envelope(body, encoding)
             request_id = envelope.request_id
             action, handler = self._handler(envelope)
-            params, call = self._call(action, envelope, encoding, peer)
+            params, call = self._call(action, envelope, encoding, peer, started_s)
             result = handler(call, params)
         except MemorySystemError as error:
             if request_id is None:
                 request_id = _echo_id(body, encoding)
-            reply(self._error(error, action, encoding, request_id))
+            reply(self._error(error, action, encoding, request_id, started_s))
             return
         except Exception as error:  # noqa: BLE001  whatever a request provokes is answered, never a crash
-            reply(self._error(_unexpected(error, action, request_id), action, encoding, request_id))
+            reply(self._error(_unexpected(error, action, request_id), action, encoding, request_id, started_s))
             return
         if isinstance(result, dict):
             reply(self._success(result, call, request_id))
@@ -87,8 +88,9 @@ class Dispatcher:
 
     def refuse(self, body: bytes, error: MemorySystemError) -> bytes:
         """The reply to a request that is not admitted."""
+        started_s = time.monotonic()
         encoding = encoding_of(body)
-        return self._error(error, "refused", encoding, _echo_id(body, encoding))
+        return self._error(error, "refused", encoding, _echo_id(body, encoding), started_s)
 
     def _envelope(self, body: bytes, encoding: Encoding) -> Envelope:
         decoded = decode_envelope(body, encoding)
@@ -102,7 +104,9 @@ class Dispatcher:
             raise _unknown_action(envelope.action)
         return action, handler
 
-    def _call(self, action: str, envelope: Envelope, encoding: Encoding, peer: bytes) -> tuple[Params, Call]:
+    def _call(
+        self, action: str, envelope: Envelope, encoding: Encoding, peer: bytes, started_s: float
+    ) -> tuple[Params, Call]:
         legacy = envelope.v is None
         data = bytes(envelope.data)
         if not data or data == encoding.null:
@@ -113,7 +117,7 @@ class Dispatcher:
         write = action in protocol.WRITE_ACTIONS
         deadline_s = None
         if envelope.deadline_ms is not None:
-            deadline_s = time.monotonic() + envelope.deadline_ms / 1000.0
+            deadline_s = started_s + envelope.deadline_ms / 1000.0
             if envelope.deadline_ms <= 0.0:
                 raise DeadlineExceeded("deadline_ms is 0: the caller had stopped waiting; nothing was done")
         call = Call(
@@ -127,6 +131,7 @@ class Dispatcher:
             encoding=encoding,
             legacy=legacy,
             now_s=time.time(),
+            started_s=started_s,
             deadline_s=deadline_s,
             note_ignored=self._note_ignored,
         )
@@ -155,7 +160,7 @@ class Dispatcher:
             return self._success(done.result(), call, request_id)
         if not isinstance(error, MemorySystemError):
             error = _unexpected(error, call.action, request_id)
-        return self._error(error, call.action, call.encoding, request_id)
+        return self._failure(error, call, request_id)
 
     def _success(self, result: Reply, call: Call, request_id: str | None) -> bytes:
         reply = {"status": "success", "request_id": request_id, "commit_seq": 0, **result}
@@ -166,15 +171,20 @@ class Dispatcher:
         try:
             body = call.encoding.encode(reply)
         except Exception as error:  # noqa: BLE001  a reply that cannot be encoded is a defect, and still answered
-            return self._error(_unexpected(error, call.action, request_id), call.action, call.encoding, request_id)
+            return self._failure(_unexpected(error, call.action, request_id), call, request_id)
         if len(body) > protocol.MAX_MESSAGE_BYTES:
             large = ReplyTooLarge(f"the reply has {len(body)} bytes, the limit is {protocol.MAX_MESSAGE_BYTES}")
-            return self._error(large, call.action, call.encoding, request_id)
-        self.counts[call.action] += 1
+            return self._failure(large, call, request_id)
+        self.traffic.record(call.action, SUCCESS, time.monotonic() - call.started_s)
         return body
 
-    def _error(self, error: MemorySystemError, action: str, encoding: Encoding, request_id: str | None) -> bytes:
-        self.counts[error.code] += 1
+    def _failure(self, error: MemorySystemError, call: Call, request_id: str | None) -> bytes:
+        return self._error(error, call.action, call.encoding, request_id, call.started_s)
+
+    def _error(
+        self, error: MemorySystemError, action: str, encoding: Encoding, request_id: str | None, started_s: float
+    ) -> bytes:
+        self.traffic.record(action, error.code, time.monotonic() - started_s)
         log.debug("request_refused", action=action, error_code=error.code, request_id=request_id)
         return encoding.encode(
             protocol.error_reply(error.code, error.message, error.retryable, error.details, request_id)
@@ -197,5 +207,5 @@ def _unknown_action(action: str) -> UnknownAction:
 
 
 def _unexpected(error: BaseException, action: str, request_id: str | None) -> InternalError:
-    log.error("internal_error", action=action, request_id=request_id, error=repr(error), exc_info=error)
+    log.error("internal_error", action=action, request_id=request_id, error=type(error).__name__, exc_info=error)
     return InternalError("the service failed at this request; its log has the details")

@@ -52,7 +52,7 @@ class Housekeeping:
         try:
             await self.flush_accesses()
         except MemorySystemError as error:
-            log.warning("access_flush_failed", error=error.message)
+            log.warning("access_flush_failed", error_code=error.code, reason=error.message)
 
     async def flush_accesses(self) -> None:
         """Write what was counted since the last flush, in slices."""
@@ -89,8 +89,14 @@ async def _every(interval_s: float, work: Callable[[], Awaitable[None]]) -> None
         await asyncio.sleep(interval_s)
         try:
             await work()
-        except Exception as error:  # noqa: BLE001  it is tried again at the next turn
-            log.warning("housekeeping_failed", work=getattr(work, "__name__", "?"), error=repr(error))
+        except MemorySystemError as error:
+            log.warning("housekeeping_failed", work=_name(work), error_code=error.code, reason=error.message)
+        except Exception:  # a defect in one turn must not end the upkeep: it is tried again at the next
+            log.exception("housekeeping_failed", work=_name(work))
+
+
+def _name(work: Callable[[], Awaitable[None]]) -> str:
+    return getattr(work, "__name__", "?")
 
 
 def _slices(accesses: Accesses) -> Iterator[Accesses]:

@@ -12,12 +12,16 @@ from memory_system.access import AccessBuffer
 from memory_system.cache import make_caches
 from memory_system.dispatch import Dispatcher, Handler
 from memory_system.embedding import EmbedderState, EmbeddingQueue, Vectors, make_embedder
-from memory_system.errors import CannotStart
+from memory_system.errors import CannotStart, MemorySystemError
 from memory_system.housekeeping import Housekeeping
 from memory_system.log import get_logger
+from memory_system.metrics import Family, traffic_families
 from memory_system.protocol import ACTIONS
+from memory_system.reporting import Reporting
 from memory_system.search.engine import SearchEngine
 from memory_system.search.index import SearchIndex
+from memory_system.security import policy_for
+from memory_system.service.families import service_families
 from memory_system.service.health import HealthService
 from memory_system.service.own_writes import OwnWrites
 from memory_system.service.reading import ReadingService
@@ -34,6 +38,8 @@ from memory_system.storage.rows import RecordView
 from memory_system.storage.writer import Writer
 
 log = get_logger("runtime")
+
+COMPONENT: Final = "orchestrator"
 
 # A large batch would push out what is read often, and hold up the loop while it does.
 _CACHED_AT_ONCE: Final = 64
@@ -60,8 +66,19 @@ class Runtime:
     async def start(self) -> None:
         """Raises MemorySystemError when the store cannot be opened; `close` is to be called all the same."""
         self._loop = asyncio.get_running_loop()
+        self._reporting = Reporting(self._settings, COMPONENT)
+        self._closers.append(self._reporting.close)
+        try:
+            await self._start_parts()
+        except Exception as error:
+            message = error.message if isinstance(error, MemorySystemError) else type(error).__name__
+            self._reporting.reporter.report("cannot_start", message, "critical")
+            raise
+
+    async def _start_parts(self) -> None:
         self._open_store()
         self._caches = make_caches(self._settings.cache, self._settings.redis)
+        self._caches.redis.on_state(partial(self._reporting.part_changed, "redis"))
         self._closers.append(self._caches.close)
         self._readers = Readers(self._path, self._settings.storage.readers, self._settings.limits.query_s)
         self._closers.append(self._readers.close)
@@ -74,6 +91,8 @@ class Runtime:
         await self._embedder.start()
         self._housekeeping.start()
         self._closers.append(self._housekeeping.close)
+        self._open_metrics()
+        self._reporting.start(self._health_service.heartbeat)
 
     def stop_writing_after(self, seconds: float) -> None:
         """Writes that have not begun by then are refused."""
@@ -82,12 +101,13 @@ class Runtime:
     async def close(self) -> None:
         """Stop every part in the reverse order of its start; may be called twice, and after a failed start."""
         while self._closers:
+            closer = self._closers.pop()
             try:
-                result = self._closers.pop()()
+                result = closer()
                 if result is not None:
                     await result
             except Exception:  # one part that cannot close must not keep the rest from flushing
-                log.exception("close_failed")
+                log.exception("close_failed", part=getattr(closer, "__qualname__", "?"))
 
     def _open_store(self) -> None:
         try:
@@ -163,7 +183,8 @@ class Runtime:
             self._epoch,
             self._writer.commit_seq,
         )
-        health = HealthService(
+        self._health_service = HealthService(
+            self._path,
             self._writer,
             queries,
             self._caches,
@@ -173,11 +194,30 @@ class Runtime:
             self._health,
             self._traffic,
         )
-        self.dispatcher = Dispatcher(_handlers([writing, reading, searching, health]), self._writer.commit_seq)
+        self.dispatcher = Dispatcher(
+            _handlers([writing, reading, searching, self._health_service]), self._writer.commit_seq
+        )
         self._housekeeping = Housekeeping(self._writer, settings.storage, accesses, lambda: self._index.applied_seq)
 
     def _traffic(self) -> dict[str, Any]:
-        return {"requests": dict(self.dispatcher.counts), "ignored_fields": self.dispatcher.ignored_fields}
+        return {"requests": self.dispatcher.traffic.requests(), "ignored_fields": self.dispatcher.ignored_fields}
+
+    def _open_metrics(self) -> None:
+        port = self._settings.metrics.orchestrator_port
+        if not port:
+            return
+        # Not above: it brings an HTTP server and prometheus_client, which nobody needs who has no metrics.
+        from memory_system.metrics_server import MetricsServer
+
+        network = self._settings.network
+        server = MetricsServer(network.bind, port, self._families, policy_for(network, self._settings.security))
+        server.start()
+        self._closers.append(lambda: asyncio.to_thread(server.close))
+
+    def _families(self) -> list[Family]:
+        """The metrics as they are now; called in the thread of a scrape."""
+        figures = self._health_service.figures()
+        return [*service_families(figures), *traffic_families(self.dispatcher.traffic), *self._reporting.families()]
 
     # -- what the parts tell each other -----------------------------------------------------------------------
 
@@ -220,6 +260,7 @@ class Runtime:
         self._own_writes.advanced()
 
     def _on_embedder(self, state: EmbedderState) -> None:
+        self._reporting.part_changed("embedding_worker", state)
         model_id, dimension = self._embedder.model_id, self._embedder.dimension
         if state == "ready" and model_id is not None and dimension is not None:
             self._index.set_model(model_id, dimension)

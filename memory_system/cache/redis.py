@@ -43,7 +43,7 @@ class RedisConnection:
         self._address = ""
         if settings.url:
             self._client, self._address = _make_client(settings.url, self._timeout_s)
-        self._tell_unavailable: Callable[[], None] | None = None
+        self._listeners: list[Callable[[State], None]] = []
         self._up: bool | None = None  # None: not asked yet
         self.failures = 0
 
@@ -54,9 +54,14 @@ class RedisConnection:
             return "off"
         return "ready" if self._up else "unavailable"
 
-    def on_unavailable(self, callback: Callable[[], None]) -> None:
-        """Call `callback()` when the server goes away; there is one such callback, and it must not raise."""
-        self._tell_unavailable = callback
+    @property
+    def breaker(self) -> str:
+        """closed: calls are made; open: they are not; half_open: one is, to see."""
+        return self._breaker.state
+
+    def on_state(self, callback: Callable[[State], None]) -> None:
+        """Call `callback(state)` when the server goes away and when it answers again. It must not raise."""
+        self._listeners.append(callback)
 
     async def ping(self) -> bool:
         """Ask whether the server answers; this is what brings the state back to ready."""
@@ -115,6 +120,7 @@ class RedisConnection:
         if not self._up and self._client is not None:
             self._up = True
             _log.info("redis_ready", address=self._address)
+            self._tell("ready")
 
     def _failed(self, error: Exception) -> None:
         self.failures += 1
@@ -122,9 +128,13 @@ class RedisConnection:
         if self._up is None or (self._up and self._breaker.state != "closed"):
             self._up = False
             # The type alone: old servers quote a refused login, password and all, in the error's text.
-            _log.warning("redis_unavailable", address=self._address, error=type(error).__name__)
-            if self._tell_unavailable is not None:
-                self._tell_unavailable()
+            reason = "searches are slower until it answers again"
+            _log.warning("redis_unavailable", reason=reason, address=self._address, error=type(error).__name__)
+            self._tell("unavailable")
+
+    def _tell(self, state: State) -> None:
+        for callback in self._listeners:
+            callback(state)
 
     def __repr__(self) -> str:
         return f"<RedisConnection {self._address} {self.state}>"

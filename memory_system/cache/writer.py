@@ -55,7 +55,7 @@ class WriteBehind:
         self._work = asyncio.Event()
         self._stop = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
-        redis.on_unavailable(self._work.set)
+        redis.on_state(lambda _: self._work.set())
 
     def set(self, key: str, value: bytes, ttl_ms: int) -> None:
         """Queue a value; a later one for the same key replaces it."""
@@ -108,7 +108,8 @@ class WriteBehind:
                 while self._pending() and self._redis.state == "ready" and await self._write_batch():
                     pass
         if self._deletions:
-            _log.warning("redis_deletions_left", count=len(self._deletions))
+            reason = "vectors of deleted texts stay in Redis until their time to live ends"
+            _log.warning("redis_deletions_left", reason=reason, count=len(self._deletions))
 
     async def _run(self) -> None:
         while not self._stop.is_set():

@@ -103,7 +103,7 @@ class WorkerEmbedder:
             if self._closing.is_set():
                 return
             delay_s = _FIRST_RETRY_S if served else delay_s
-            _log.warning("embedding_worker_down", reason=self._reason, retry_in_s=delay_s)
+            _log.error("embedding_worker_down", reason=self._reason, retry_in_s=delay_s)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(delay_s):
                     await self._closing.wait()

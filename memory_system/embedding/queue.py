@@ -246,7 +246,8 @@ class EmbeddingQueue:
             return False
         self.poisoned += 1
         self._in_flight.discard(row_id)
-        _log.error("embedding_row_set_aside", row_id=row_id)
+        reason = "the model failed at this memory again and again; keywords alone find it"
+        _log.error("embedding_row_set_aside", reason=reason, row_id=row_id)
         return True
 
     async def _encode(self, texts: dict[bytes, str]) -> dict[bytes, Vectors]:

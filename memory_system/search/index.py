@@ -157,7 +157,8 @@ class SearchIndex:
             except _Closing:
                 break
             except Exception:  # a derived index that fails in any way is built anew; search goes on without it
-                log.exception("search_index_failed", retry_in_s=delay_s)
+                reason = "the search index is built anew"
+                log.exception("search_index_failed", reason=reason, retry_in_s=delay_s)
                 self._state = "failed"
                 with self._lock:
                     self._view = None

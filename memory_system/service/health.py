@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sqlite3
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Final
 
 from memory_system import __version__
@@ -12,8 +14,10 @@ from memory_system import models as m
 from memory_system.cache import Caches
 from memory_system.calls import Call
 from memory_system.embedding import Embedder, EmbeddingQueue
+from memory_system.process_figures import disk_free_bytes, process_figures
 from memory_system.search.index import SearchIndex
 from memory_system.service import Reply
+from memory_system.storage.migrations import CURRENT_VERSION
 from memory_system.storage.queries import Queries
 from memory_system.storage.writer import Writer
 
@@ -22,13 +26,19 @@ _LOOKS: Final = 20
 _LOOK_S: Final = 0.005
 _EMBEDDING_READINESS = {"ready": "ready", "starting": "loading", "down": "unavailable", "off": "off"}
 _INDEX_READINESS = {"ready": "ready", "loading": "loading", "failed": "unavailable"}
+# What a heartbeat says of it; the rest is for whoever asks.
+_HEARTBEAT: Final = (
+    *("pid", "state", "readiness", "uptime_s", "in_flight", "write_queue", "index_lag", "last_commit_at"),
+    *("memory_bytes", "open_files", "disk_free_bytes"),
+)
 
 
 class HealthService:
-    """`process()` gives the program's own figures (pid, uptime_s, ...), `traffic()` the counters of requests."""
+    """`process()` gives the program's own figures (uptime_s, in_flight, ...), `traffic()` the counters of requests."""
 
     def __init__(
         self,
+        database: Path,
         writer: Writer,
         queries: Queries,
         caches: Caches,
@@ -38,6 +48,7 @@ class HealthService:
         process: Callable[[], Mapping[str, Any]],
         traffic: Callable[[], Mapping[str, Any]],
     ) -> None:
+        self._database = database
         self._writer = writer
         self._queries = queries
         self._caches = caches
@@ -46,8 +57,18 @@ class HealthService:
         self._embedding = embedding
         self._process = process
         self._traffic = traffic
+        self._was_healthy = False  # what loads again was lost
 
     def health_check(self, call: Call, p: m.NoParams) -> Reply:
+        return self.figures()
+
+    def heartbeat(self) -> Reply:
+        """What is said of the service every few seconds."""
+        figures = self.figures()
+        return {name: figures[name] for name in _HEARTBEAT if name in figures}
+
+    def figures(self) -> Reply:
+        """Everything that health_check says. No query of the database, no wait; may be called from any thread."""
         readiness = {
             "store": "ready",
             "search_index": _INDEX_READINESS.get(self._index.state, "unavailable"),
@@ -58,13 +79,22 @@ class HealthService:
         return {
             "state": self._state(readiness),
             "readiness": readiness,
+            **process_figures(),
             **self._process(),
             "version": __version__,
             "sqlite_version": sqlite3.sqlite_version,
             "model_id": self._embedder.model_id,
             "write_queue": self._writer.depth,
             "embedding_queue": {"fresh": depth.fresh, "backfill": depth.backfill, "poisoned": self._embedding.poisoned},
+            "index_lag": max(0, self._writer.log_seq - self._index.applied_seq),
             "last_commit_at": self._writer.last_commit_at,
+            "database": {
+                "size_bytes": _size(self._database),
+                "wal_bytes": _size(self._database.with_name(f"{self._database.name}-wal")),
+                "schema_version": CURRENT_VERSION,
+            },
+            "disk_free_bytes": disk_free_bytes(self._database),
+            "breakers": {} if readiness["redis"] == "off" else {"redis": self._caches.redis.breaker},
             "caches": self._caches.stats(),
             **self._traffic(),
         }
@@ -76,7 +106,10 @@ class HealthService:
             return "stopping"
         if "unavailable" in needed:
             return "degraded"
-        return "starting" if "loading" in needed else "healthy"
+        if "loading" in needed:
+            return "degraded" if self._was_healthy else "starting"
+        self._was_healthy = True
+        return "healthy"
 
     async def stats(self, call: Call, p: m.NoParams) -> Reply:
         counts = await self._queries.counts(call.namespace, call.now_s)
@@ -94,3 +127,10 @@ class HealthService:
                 return self._index.pending(namespace)
             await asyncio.sleep(_LOOK_S)
         return await self._queries.pending(namespace, self._index.model_id)
+
+
+def _size(file: Path) -> int:
+    try:
+        return os.stat(file).st_size
+    except OSError:
+        return 0  # SQLite removes its log when the last connection closes

@@ -45,6 +45,7 @@ class Group:
     outcomes: list[Outcome] = field(default_factory=list)
     sequences_before: dict[str, int] = field(default_factory=dict)
     sequences: dict[str, int] = field(default_factory=dict)
+    logged: int = 0  # rows that it appended to index_log
 
     def names(self) -> dict[str, list[str]]:
         """For a log line: the request_ids of the first of them."""
@@ -71,6 +72,9 @@ class GroupRunner:
         self._view = RecordView(lifecycle)
         self._clock = clock
         self._sequences: dict[str, int] = dict(db.execute("SELECT namespace, commit_seq FROM namespaces").fetchall())
+        # The log's own count goes on from here: AUTOINCREMENT gives out no number twice, and a rollback returns them.
+        found = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'index_log'").fetchone()
+        self.first_log_seq: int = found[0] if found else 0
         self.ends_s = math.inf  # monotonic; what has not begun by then is refused
 
     @property
@@ -88,10 +92,11 @@ class GroupRunner:
             self._db.execute("BEGIN IMMEDIATE")
             if not self._run_jobs(group, waiting):
                 self._run_again(group)
-            self._finish(group)
+            logged = self._finish(group)
             if not self._db.in_transaction:
                 raise sqlite3.OperationalError("the transaction was rolled back")
             self._db.execute("COMMIT")
+            group.logged = logged
         except sqlite3.Error as error:
             if getattr(error, "sqlite_errorcode", None) in SYNC_ERRORS:
                 raise
@@ -133,18 +138,21 @@ class GroupRunner:
                 self._db.execute("ROLLBACK TO request")
             self._db.execute("RELEASE request")
 
-    def _finish(self, group: Group) -> None:
-        """What the jobs have in common is written at once: the log of changes, and the namespaces' numbers."""
+    def _finish(self, group: Group) -> int:
+        """What the jobs have in common is written at once: the log of changes, and the namespaces' numbers.
+
+        Returns how many changes were logged.
+        """
         done = [outcome.context for outcome in group.outcomes if outcome.context is not None]
-        self._db.executemany(
-            "INSERT INTO index_log (row_id, op) VALUES (?, ?)", [entry for context in done for entry in context.log]
-        )
+        entries = [entry for context in done for entry in context.log]
+        self._db.executemany("INSERT INTO index_log (row_id, op) VALUES (?, ?)", entries)
         group.sequences = {name: self._sequences[name] for name in group.sequences_before}
         self._db.executemany(
             "INSERT INTO namespaces (namespace, commit_seq) VALUES (?, ?) "
             "ON CONFLICT (namespace) DO UPDATE SET commit_seq = excluded.commit_seq",
             group.sequences.items(),
         )
+        return len(entries)
 
     def _run_job(self, outcome: Outcome, group: Group) -> None:
         job = outcome.job
@@ -158,10 +166,10 @@ class GroupRunner:
         except sqlite3.Error as error:
             if not self._db.in_transaction or _is_storage_failure(error):
                 raise
-            log.error("write_failed", error=repr(error), request_id=job.request_id)
+            log.error("storage_error", error=error_name(error), request_id=job.request_id, exc_info=error)
             outcome.error = StorageFailed(f"the database refused the write: {error}")
         except Exception as error:  # a defect in one operation must not take the group, or the service
-            log.error("operation_failed", error=repr(error), request_id=job.request_id, exc_info=error)
+            log.error("internal_error", error=error_name(error), request_id=job.request_id, exc_info=error)
             outcome.error = InternalError("the service failed at this request; its log has the details")
         if outcome.error is not None:
             self._sequences[job.namespace] = before
@@ -194,11 +202,24 @@ class GroupRunner:
             group.outcomes = [Outcome(job) for job in waiting.take_all()]
         self._sequences.update(group.sequences_before)
         named = _named(error)
-        log.error("group_failed", error=repr(error), code=named.code, requests=len(group.outcomes), **group.names())
+        full = isinstance(named, StorageFull)
+        log.error(
+            named.code,
+            reason=named.message if full else "the database failed; nothing of these requests was kept",
+            error=error_name(error),
+            requests=len(group.outcomes),
+            **group.names(),
+            exc_info=None if full else error,  # a full disk is no riddle, and comes with every write
+        )
         for outcome in group.outcomes:
             outcome.reply, outcome.context = None, None
             outcome.error = outcome.error or named
         group.sequences = {}
+
+
+def error_name(error: Exception) -> str:
+    """What an error is, without what it says: SQLite's name for it, else its class."""
+    return getattr(error, "sqlite_errorname", type(error).__name__)
 
 
 def restarting() -> MemorySystemError:

@@ -18,7 +18,7 @@ from typing import Final
 from memory_system.log import get_logger
 from memory_system.settings import LifecycleSettings, StorageSettings
 from memory_system.storage.context import Changes, Reply
-from memory_system.storage.group import SYNC_ERRORS, Group, GroupRunner, Outcome, restarting
+from memory_system.storage.group import SYNC_ERRORS, Group, GroupRunner, Outcome, error_name, restarting
 from memory_system.storage.jobs import Identity, Lanes, WriteJob
 
 log = get_logger("storage.writer")
@@ -53,6 +53,7 @@ class Writer:
         self._failed: Exception | None = None
         self._closed = False
         self.last_commit_at: float | None = None
+        self.log_seq = self._runner.first_log_seq  # the end of index_log, as the event loop knows it
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "failed" if self._failed else "open"
@@ -145,6 +146,7 @@ class Writer:
             if outcome.context is not None:
                 self._tell(outcome)
         self._committed.update(group.sequences)
+        self.log_seq += group.logged
         self.last_commit_at = self._clock()
         for outcome in group.outcomes:
             self._under_way.discard(outcome.job.identity)
@@ -167,7 +169,8 @@ class Writer:
     def _fail(self, error: Exception) -> None:
         """Stop acknowledging: what waits is answered with the error, and the program is told to end."""
         self._failed = error
-        log.critical("writer_stopped", error=repr(error), exc_info=error)
+        reason = "the store takes no writes any more; the program ends, to be started anew"
+        log.critical("writer_stopped", reason=reason, error=error_name(error), exc_info=error)
         self._take_waiting()
         self._deliver(Group([Outcome(job, error=restarting()) for job in self._waiting.take_all()]))
         if self._loop is not None and not self._loop.is_closed():
@@ -178,7 +181,7 @@ class Writer:
             if self._failed is None:
                 _checkpoint(self._db, "TRUNCATE")
         except sqlite3.Error as error:
-            log.error("checkpoint_failed", error=repr(error))
+            log.error("checkpoint_failed", error=error_name(error), exc_info=error)
         finally:
             self._db.close()
 
@@ -190,4 +193,4 @@ def _checkpoint(db: sqlite3.Connection, mode: str) -> None:
     except sqlite3.Error as error:
         if getattr(error, "sqlite_errorcode", None) in SYNC_ERRORS:
             raise
-        log.warning("checkpoint_failed", error=repr(error))
+        log.warning("checkpoint_failed", error=error_name(error), exc_info=error)

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
+import shutil
+import time
 
 import pytest
 
-from tests.support.service import Service, service_test
+from tests.support.process import PROJECT
+from tests.support.service import Service, eventually, service_test
 from tests.support.wire import envelope, request_id
+
+PROTOCOL = (PROJECT / "docs" / "protocol.md").read_text(encoding="utf-8")
 
 
 @service_test()
@@ -22,6 +28,74 @@ async def test_health(service: Service) -> None:
     }  # fmt: skip
     assert health["requests"]["stats"] >= 1
     assert "details" not in health
+
+
+@service_test()
+async def test_health_says_what_the_system_says_elsewhere(service: Service) -> None:
+    before_s = time.time()
+    await service.add("x" * 50_000)
+    await service.settled()
+    health = await service.ok("health_check")
+    assert abs(health["disk_free_bytes"] - shutil.disk_usage(service.path).free) < 1024**3
+    assert health["database"] == {
+        "size_bytes": service.path.stat().st_size,
+        "wal_bytes": service.path.with_name(f"{service.path.name}-wal").stat().st_size,
+        "schema_version": service.rows("PRAGMA user_version")[0][0],
+    }
+    assert health["database"]["wal_bytes"] > 50_000
+    assert before_s <= health["last_commit_at"] <= time.time()
+    assert health["open_files_limit"] in (resource.getrlimit(resource.RLIMIT_NOFILE)[0], -1)
+    assert 0 < health["open_files"] < 10_000
+    assert health["memory_bytes"] > 10 * 1024 * 1024
+    assert health["threads"] >= 3
+    assert health["breakers"] == {}
+    assert health["index_lag"] == 0
+
+
+@service_test()
+async def test_the_index_lag_is_what_the_index_has_not_followed(service: Service) -> None:
+    await service.settled()
+    index = service.runtime._index
+    with index.reading():  # held still: the index cannot follow
+        for number in range(7):
+            await service.add(f"memory {number}")
+        logged = service.rows("SELECT max(seq) FROM index_log")[0][0]
+        assert (await service.ok("health_check"))["index_lag"] == logged - index.applied_seq >= 7
+    await service.settled()
+    await eventually(lambda: _lag_is_zero(service))
+
+
+@service_test()
+async def test_the_lag_counts_what_was_committed_alone(service: Service) -> None:
+    memory_id = await service.add("kept")
+    await asyncio.gather(
+        service.fails("memory_not_found", "delete_memory", memory_id="mem-none"),
+        service.ok("update_memory", memory_id=memory_id, update_payload={"content": "changed"}),
+        service.fails(
+            "version_conflict",
+            "update_memory",
+            memory_id=memory_id,
+            update_payload={"content": "never"},
+            expected_version=99,
+        ),
+        service.ok("batch_add_memories", memories=[{"content": str(number)} for number in range(20)]),
+    )
+    await service.settled()
+    assert service.runtime._writer.log_seq == service.rows("SELECT max(seq) FROM index_log")[0][0]
+    assert await _lag_is_zero(service)
+
+
+async def _lag_is_zero(service: Service) -> bool:
+    return (await service.ok("health_check"))["index_lag"] == 0
+
+
+@service_test()
+async def test_every_figure_of_health_is_documented(service: Service) -> None:
+    section = PROTOCOL.split("### health_check")[1].split("\n### ")[0]
+    health = await service.ok("health_check")
+    assert not [
+        name for name in health if f'"{name}"' not in section and f"`{name}`" not in section and name != "request_id"
+    ]
 
 
 @service_test(embedding__provider="off")

@@ -68,6 +68,7 @@ def environment(tmp_path: Path, overrides: dict[str, Any]) -> dict[str, str]:
         "storage__synchronous": "normal",
         "log__dir": tmp_path / "logs",
         "embedding__provider": "stub",
+        "error_bus__enabled": False,  # a test that wants the bus says where it is
         **overrides,
     }
     return {f"MEMORY__{name.upper()}": str(value) for name, value in values.items()}
