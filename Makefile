@@ -1,5 +1,6 @@
 # `make help` lists the targets. Variables: PYTHON (the interpreter for the virtual environment), CONFIG (a
-# configuration file), DATA (a conversation for the demo), PIP_ARGS (further options of pip install).
+# configuration file), DATA (a conversation for the demo), PIP_ARGS (further options of pip install), BOOT_DIR (where
+# install-boot writes instead of systemd's folder).
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -14,10 +15,10 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help start-pc2 stop-pc2 status logs demo test lint type coverage fuzz bench clean
+.PHONY: help start-pc2 stop-pc2 status logs tail-errors demo test lint type coverage fuzz bench install-boot uninstall-boot clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 
 start-pc2: $(SERVICE) ## Install what is missing, start all programs, wait until they are healthy (CONFIG=file)
 	@$(PY) scripts/pc2.py start
@@ -25,11 +26,14 @@ start-pc2: $(SERVICE) ## Install what is missing, start all programs, wait until
 stop-pc2: ## Stop all programs
 	@if [ -e $(SERVICE) ]; then $(PY) scripts/pc2.py stop; else echo "not running"; fi
 
-status: ## Show the programs: address, state, pid, uptime
+status: ## Show every program and agent: address, state, pid, uptime, since when and why
 	@if [ -e $(SERVICE) ]; then $(PY) scripts/pc2.py status; else echo "not installed"; exit 3; fi
 
 logs: $(SERVICE) ## Follow the log files
 	@$(PY) scripts/pc2.py logs
+
+tail-errors: $(SERVICE) ## Follow the errors of all programs (ARGS="--severity error --since 2h")
+	@$(PY) scripts/tail_error_bus.py $(ARGS)
 
 demo: $(SERVICE) ## Store a long conversation and ask about it (DATA=file)
 	@$(PY) examples/demo.py $(if $(DATA),"$(DATA)")
@@ -52,6 +56,12 @@ fuzz: $(DEVELOPMENT) ## Send mutated requests to a running service (FUZZ_REQUEST
 
 bench: $(SERVICE) ## Measure round trips and throughput
 	@$(PY) bench/run.py
+
+install-boot: $(SERVICE) ## Have systemd start all programs at boot, with the CONFIG and MEMORY_* of now
+	@$(PY) scripts/boot.py install $(if $(BOOT_DIR),--dir "$(BOOT_DIR)")
+
+uninstall-boot: $(SERVICE) ## Undo install-boot; what runs goes on
+	@$(PY) scripts/boot.py uninstall $(if $(BOOT_DIR),--dir "$(BOOT_DIR)")
 
 clean: stop-pc2 ## Stop the programs; remove the virtual environment and caches, never data/
 	@rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov build dist *.egg-info

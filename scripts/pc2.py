@@ -1,7 +1,8 @@
-"""Starts, stops and shows the programs of host PC2: `pc2.py start | stop | status | logs`.
+"""Starts, stops and shows the programs of host PC2: `pc2.py start | stop | status | logs | run | wait`.
 
-The programs run under supervisord with config/supervisord.conf. Run-time files live in data/run (MEMORY_RUN_DIR names
-another folder). Exit status: 0 done, 1 failed, 2 the configuration is refused, 3 (status only) not running.
+The programs run under supervisord with config/supervisord.conf; `run` is supervisord in the foreground, and `wait`
+waits for what it starts. Run-time files live in data/run (MEMORY_RUN_DIR names another folder). Exit status: 0 done,
+1 failed, 2 the configuration is refused, 3 (status only) not running.
 """
 
 from __future__ import annotations
@@ -13,35 +14,38 @@ import subprocess
 import sys
 import time
 import xmlrpc.client
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from status_table import ask_manager, rows, shown
 from supervision import (
     POLL_S,
     PROJECT,
-    SUPERVISOR_CONFIG,
     Deployment,
     Failure,
+    Port,
     RunDir,
     ask_health,
-    check_port,
+    check_ports,
+    is_alive,
     is_healthy,
     last_words,
+    ports,
     shut_down,
 )
 
+from memory_system.deployment import SUPERVISOR_CONFIG
 from memory_system.errors import ConfigError
 from memory_system.settings import CONFIG_VARIABLE, config_file, load_settings
 
 START_S: Final = 60.0
 GIVEN_UP: Final = frozenset({"EXITED", "FATAL", "STOPPED", "UNKNOWN"})
 NOT_RUNNING: Final = 3
-HEADINGS: Final = ("PROGRAM", "ADDRESS", "STATE", "PID", "UPTIME", "NOTE")
 
 
-def launch(run: RunDir, deployment: Deployment) -> None:
-    """Start supervisord in the background; it starts the programs."""
+def environment(run: RunDir, deployment: Deployment) -> dict[str, str]:
+    """Make ready what supervisord needs; returns its environment."""
     try:
         Path(deployment.log_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -54,14 +58,29 @@ def launch(run: RunDir, deployment: Deployment) -> None:
         MEMORY_RUN_DIR=str(run.path),
         MEMORY_LOG_DIR=deployment.log_dir,
         MEMORY_SOCKET=str(run.socket),
-        MEMORY_PYTHON=sys.executable,
+        MEMORY_PYTHON=sys.executable.replace("\\", "\\\\").replace('"', '\\"'),  # it stands in quotes there
     )
     if environ.get(CONFIG_VARIABLE):
         environ[CONFIG_VARIABLE] = deployment.config
+    return environ
+
+
+def supervisord(*options: str) -> list[str]:
     # Without a named user supervisord complains to root on every start.
     user = ["-u", "root"] if os.getuid() == 0 else []
-    command = [sys.executable, "-m", "supervisor.supervisord", "-c", str(SUPERVISOR_CONFIG), *user]
-    done = subprocess.run(command, env=environ, cwd=PROJECT, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    return [sys.executable, "-m", "supervisor.supervisord", "-c", str(SUPERVISOR_CONFIG), *user, *options]
+
+
+def launch(run: RunDir, deployment: Deployment) -> None:
+    """Start supervisord in the background; it starts the programs."""
+    done = subprocess.run(
+        supervisord(),
+        env=environment(run, deployment),
+        cwd=PROJECT,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
     if done.returncode != 0:
         lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
         told = [line for line in lines if line.startswith("Error:")] or lines[-1:]
@@ -115,33 +134,14 @@ def has_exited(info: Mapping[str, Any], first_pids: dict[str, int]) -> bool:
     return is_given_up(info) or info["statename"] == "BACKOFF" or info["pid"] != first_pids.get(info["name"], 0)
 
 
-def rows(run: RunDir, deployment: Deployment) -> Iterator[tuple[str, ...]]:
-    processes = run.processes()
-    for name, address in deployment.addresses.items():
-        info = processes.get(name, {})
-        reply = ask_health(address)
-        if reply is not None and is_healthy(reply, info.get("pid", 0)):
-            note = ", ".join(f"{part} {state}" for part, state in dict(reply.get("readiness") or {}).items())
-            yield name, address.shown, reply["state"], str(info["pid"]), uptime(reply.get("uptime_s", 0)), note
-        else:
-            state = str(info.get("statename", "unknown")).lower()
-            state = "no answer" if state == "running" else state
-            yield name, address.shown, state, str(info.get("pid") or "-"), "-", info.get("spawnerr", "")
-
-
-def uptime(seconds: float) -> str:
-    minutes, whole = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {whole} s" if minutes else f"{whole} s"
-
-
 def print_table(run: RunDir, deployment: Deployment) -> bool:
-    """Print one row for each program; returns whether all are healthy."""
-    table = [HEADINGS, *rows(run, deployment)]
-    widths = [max(len(row[column]) for row in table) for column in range(len(HEADINGS))]
-    for row in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    return all(row[4] != "-" for row in table[1:])
+    """Print one row for each program and component; returns whether all programs of this host are well."""
+    told = ask_manager(deployment)
+    if told is None:
+        print("the health manager does not answer: each program was asked by itself", file=sys.stderr)
+    found = list(rows(run, deployment, told or {}))
+    print(shown(found), flush=True)
+    return all(row.is_well for row in found if row.program in deployment.addresses)
 
 
 def start(timeout_s: float) -> int:
@@ -167,20 +167,27 @@ def start(timeout_s: float) -> int:
 
 def wait_loaded(deployment: Deployment, deadline: float) -> None:
     """Give what is still loading, the embedding model above all, time to become ready; the table says what is not."""
-    told = False
     for name, address in deployment.addresses.items():
-        while (ask_health(address) or {}).get("state") == "starting" and time.monotonic() < deadline:
+        told = False
+        while (reply := ask_health(address) or {}).get("state") == "starting" and time.monotonic() < deadline:
             if not told:
-                print(f"{name} answers; waiting for the embedding model ...", file=sys.stderr)
+                loading = [part for part, state in dict(reply.get("readiness") or {}).items() if state == "loading"]
+                print(f"{name} answers; waiting for {', '.join(loading) or 'it to become ready'} ...", file=sys.stderr)
                 told = True
             time.sleep(POLL_S)
 
 
+def planned() -> tuple[Deployment, list[Port]]:
+    """What the configuration asks for, and every port that it takes."""
+    settings = load_settings()
+    deployment = Deployment.planned(settings, config_file(None, os.environ))
+    return deployment, list(ports(settings, deployment.addresses))
+
+
 def first_start(run: RunDir, deadline: float) -> Deployment:
     """Check what can be checked, start everything, wait; leaves nothing behind when that fails."""
-    deployment = Deployment.planned(load_settings(), config_file(None, os.environ))
-    for address in deployment.addresses.values():
-        check_port(address)
+    deployment, wanted = planned()
+    check_ports(wanted)
     seen_bytes = deployment.console_sizes()
     print(f"starting {', '.join(deployment.addresses)} ...", file=sys.stderr)
     try:
@@ -194,10 +201,44 @@ def first_start(run: RunDir, deadline: float) -> Deployment:
     return deployment
 
 
+def run_here() -> int:
+    """Become supervisord, in the foreground: for systemd, or a container, that starts it again when it is killed."""
+    run = RunDir(os.environ)
+    with run.lock():
+        pid = run.supervisor_pid()
+        if pid is not None:
+            raise Failure(f"already running under supervisord, pid {pid}: stop it first with 'make stop-pc2'")
+        deployment, wanted = planned()
+        check_ports(wanted)
+        environ = environment(run, deployment)
+    command = supervisord("-n")
+    # Of supervisord.conf, `directory` and `umask` count in the background only.
+    os.chdir(PROJECT)
+    os.umask(0o077)
+    sys.stdout.flush()
+    os.execve(command[0], command, environ)
+
+
+def wait(timeout_s: float) -> int:
+    """Return when what `run` starts elsewhere is healthy. MAINPID, which systemd sets, is the pid of that `run`."""
+    run = RunDir(os.environ)
+    deadline = time.monotonic() + timeout_s
+    main_pid = int(os.environ.get("MAINPID") or 0)
+    while (pid := run.supervisor_pid()) is None or main_pid not in (0, pid):
+        if main_pid and not is_alive(main_pid):
+            raise Failure("supervisord did not start")
+        if time.monotonic() > deadline:
+            raise Failure("supervisord does not answer")
+        time.sleep(POLL_S)
+    deployment = Deployment.stored(run.deployment)
+    wait_healthy(run, deployment, deadline, dict.fromkeys(deployment.addresses, 0), restarts=True)
+    print_table(run, deployment)
+    return 0
+
+
 def tell_not_running() -> bool:
     """Say so; and whether a program answers all the same, as one does whose supervisord was killed."""
-    planned = Deployment.planned(load_settings(), config_file(None, os.environ))
-    left = [(name, address, ask_health(address)) for name, address in planned.addresses.items()]
+    left = [(name, address, ask_health(address)) for name, address in planned()[0].addresses.items()]
     for name, address, reply in left:
         if reply is not None:
             print(f"not under supervisord, but {name} answers at {address.shown}: pid {reply.get('pid', '?')}; kill it")
@@ -239,10 +280,19 @@ def logs() -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Start, stop and show the programs of host PC2.")
-    parser.add_argument("command", choices=("start", "stop", "status", "logs"))
-    parser.add_argument("--timeout", type=float, default=START_S, metavar="S", help="start: longest wait, in seconds")
+    parser.add_argument("command", choices=("start", "stop", "status", "logs", "run", "wait"))
+    parser.add_argument(
+        "--timeout", type=float, default=START_S, metavar="S", help="start, wait: at most so long, in seconds"
+    )
     options = parser.parse_args(arguments)
-    commands = {"start": lambda: start(options.timeout), "stop": stop, "status": status, "logs": logs}
+    commands: dict[str, Callable[[], int]] = {
+        "start": lambda: start(options.timeout),
+        "stop": stop,
+        "status": status,
+        "logs": logs,
+        "run": run_here,
+        "wait": lambda: wait(options.timeout),
+    }
     try:
         return commands[options.command]()
     except ConfigError as error:

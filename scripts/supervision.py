@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import configparser
 import contextlib
 import errno
 import fcntl
@@ -15,8 +14,8 @@ import sys
 import tempfile
 import time
 import xmlrpc.client
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -26,12 +25,13 @@ from supervisor.xmlrpc import SupervisorTransport
 PROJECT: Final = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
+from memory_system.deployment import Address, program_addresses  # noqa: E402
 from memory_system.settings import Settings  # noqa: E402
 
-SUPERVISOR_CONFIG: Final = PROJECT / "config" / "supervisord.conf"
 STOP_S: Final = 30.0
 POLL_S: Final = 0.1
 HEALTH_MS: Final = 1000
+SOCKET_NAME: Final = "supervisor.sock"
 SOCKET_PATH_BYTES: Final = 90  # sun_path holds 104 to 108, and supervisor appends its pid while it binds
 
 
@@ -40,26 +40,12 @@ class Failure(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Address:
-    """Where a program listens, and the settings section that says so."""
+class Port:
+    """A port that a program binds on this host, and the settings key that says so."""
 
-    section: str
-    bind: str
-    port: int
-
-    @property
-    def shown(self) -> str:
-        return f"tcp://{self._bracketed(self.bind)}:{self.port}"
-
-    @property
-    def endpoint(self) -> str:
-        """What a caller on this host connects to."""
-        host = {"0.0.0.0": "127.0.0.1", "localhost": "127.0.0.1", "::": "::1"}.get(self.bind, self.bind)
-        return f"tcp://{self._bracketed(host)}:{self.port}"
-
-    @staticmethod
-    def _bracketed(host: str) -> str:
-        return f"[{host}]" if ":" in host else host
+    address: Address
+    number: int
+    key: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,15 +58,8 @@ class Deployment:
 
     @classmethod
     def planned(cls, settings: Settings, config: Path | None) -> Deployment:
-        parser = configparser.RawConfigParser(inline_comment_prefixes=(";", "#"))
-        parser.read(SUPERVISOR_CONFIG, encoding="utf-8")
-        addresses = {}
-        for section in parser.sections():
-            if section.startswith("program:"):
-                where = parser.get(section, "address")
-                values = getattr(settings, where)
-                addresses[section.removeprefix("program:")] = Address(where, values.bind, values.port)
-        return cls(addresses, settings.log.dir, str(config) if config else "built-in defaults")
+        """What would be started with these settings; raises ConfigError when supervisord.conf does not fit them."""
+        return cls(program_addresses(settings), settings.log.dir, str(config) if config else "built-in defaults")
 
     @classmethod
     def stored(cls, path: Path) -> Deployment:
@@ -104,29 +83,37 @@ class Deployment:
         return {name: path.stat().st_size if path.exists() else 0 for name, path in logs.items()}
 
 
+def run_folder(environ: Mapping[str, str]) -> Path:
+    """Where the run-time files live; it need not exist yet."""
+    return Path(environ.get("MEMORY_RUN_DIR") or PROJECT / "data" / "run").absolute()
+
+
+def socket_fits(folder: Path) -> bool:
+    """Whether supervisord's socket can be in this folder; otherwise it is in one of the temporary folder."""
+    return len(os.fsencode(folder / SOCKET_NAME)) <= SOCKET_PATH_BYTES
+
+
 class RunDir:
     """The folder of the run-time files, and supervisord behind the socket in it."""
 
     def __init__(self, environ: Mapping[str, str]) -> None:
-        self.path = Path(environ.get("MEMORY_RUN_DIR") or PROJECT / "data" / "run").absolute()
+        self.path = run_folder(environ)
         self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.deployment = self.path / "deployment.json"
         self.socket = self._socket_path()
 
     def _socket_path(self) -> Path:
-        path = self.path / "supervisor.sock"
-        if len(os.fsencode(path)) <= SOCKET_PATH_BYTES:
-            return path
+        if socket_fits(self.path):
+            return self.path / SOCKET_NAME
         digest = hashlib.sha256(os.fsencode(self.path)).hexdigest()[:16]
         folder = Path(tempfile.gettempdir()) / f"memory-{os.getuid()}-{digest}"
         folder.mkdir(mode=0o700, exist_ok=True)
         status = folder.lstat()
         if folder.is_symlink() or status.st_uid != os.getuid() or status.st_mode & 0o077:
             raise Failure(f"{folder} is not a private folder of this user: remove it or set MEMORY_RUN_DIR")
-        path = folder / "supervisor.sock"
-        if len(os.fsencode(path)) > SOCKET_PATH_BYTES:
-            raise Failure(f"{path} is too long for a socket: set MEMORY_RUN_DIR to a shorter folder")
-        return path
+        if not socket_fits(folder):
+            raise Failure(f"{folder / SOCKET_NAME} is too long for a socket: set MEMORY_RUN_DIR to a shorter folder")
+        return folder / SOCKET_NAME
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -160,13 +147,13 @@ class RunDir:
             return {}
 
 
-def ask_health(address: Address, timeout_ms: int = HEALTH_MS) -> dict[str, Any] | None:
-    """The reply of a program to health_check, or None when none comes in time."""
+def ask(address: Address, action: str, timeout_ms: int = HEALTH_MS) -> dict[str, Any] | None:
+    """The reply of a program to a request without data, or None when none comes in time."""
     with zmq.Context() as context, context.socket(zmq.REQ) as sock:
         sock.linger = 0
-        sock.ipv6 = ":" in address.bind
+        sock.ipv6 = address.is_ipv6
         sock.connect(address.endpoint)
-        sock.send_json({"action": "health_check"})
+        sock.send_json({"action": action})
         if not sock.poll(timeout_ms):
             return None
         try:
@@ -176,23 +163,49 @@ def ask_health(address: Address, timeout_ms: int = HEALTH_MS) -> dict[str, Any] 
     return reply if isinstance(reply, dict) else None
 
 
-def check_port(address: Address) -> None:
-    """Raise Failure when a program could not listen there."""
-    family = socket.AF_INET6 if ":" in address.bind else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
+def ask_health(address: Address, timeout_ms: int = HEALTH_MS) -> dict[str, Any] | None:
+    return ask(address, "health_check", timeout_ms)
+
+
+def ports(settings: Settings, addresses: Mapping[str, Address]) -> Iterator[Port]:
+    """Every port that the programs will bind: those of their settings sections, and of their metrics."""
+    for program, address in addresses.items():
+        section = getattr(settings, address.section)
+        for name in (field.name for field in fields(section)):
+            if name == "port" or name.endswith("_port"):
+                yield Port(address, getattr(section, name), f"{address.section}.{name}")
+        metrics = getattr(settings.metrics, f"{program}_port", 0)
+        if metrics:
+            yield Port(address, metrics, f"metrics.{program}_port")
+
+
+def check_ports(wanted: Iterable[Port]) -> None:
+    """Raise Failure when a program could not listen on one of them."""
+    keys: dict[int, str] = {}
+    for port in wanted:
+        if port.number in keys:
+            raise Failure(f"{keys[port.number]} and {port.key} are both {port.number}: set one to a free port")
+        keys[port.number] = port.key
+        _check_port(port)
+
+
+def _check_port(port: Port) -> None:
+    bind = port.address.bind
+    with socket.socket(socket.AF_INET6 if port.address.is_ipv6 else socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((address.bind, address.port))
+            probe.bind((bind, port.number))
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
-                text = f"cannot listen on {address.shown}: {error.strerror}"
-                raise Failure(f"{text} ({address.section}.bind, {address.section}.port)") from error
+                shown = replace(port.address, port=port.number).shown
+                text = f"cannot listen on {shown}: {error.strerror}"
+                raise Failure(f"{text} ({port.address.bind_key}, {port.key})") from error
         else:
             return
-    pid = (ask_health(address) or {}).get("pid")
+    # Only the port of the requests says who it is.
+    pid = (ask_health(port.address) or {}).get("pid") if port.number == port.address.port else None
     who = f"a program of this kind that was started elsewhere (pid {pid})" if pid else "another program"
-    advice = f"stop it, or set {address.section}.port to a free one"
-    raise Failure(f"port {address.port} on {address.bind} is in use by {who}: {advice}")
+    raise Failure(f"port {port.number} on {bind} is in use by {who}: stop it, or set {port.key} to a free one")
 
 
 def is_healthy(reply: Mapping[str, Any] | None, pid: int) -> bool:

@@ -1,7 +1,8 @@
-"""Starting, watching and stopping the programs as an operator does, with the real supervisord and orchestrator."""
+"""Starting, watching and stopping the programs as an operator does, with the real supervisord and programs."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -11,7 +12,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -19,14 +19,23 @@ import pytest
 PROJECT = Path(__file__).resolve().parent.parent.parent
 PC2 = [sys.executable, str(PROJECT / "scripts" / "pc2.py")]
 TARGETS = ["start-pc2", "stop-pc2", "status", "logs", "demo", "test", "lint", "type", "fuzz", "bench", "clean"]
+TARGETS += ["install-boot", "uninstall-boot", "tail-errors"]
+HEALTH_PORTS = ("port", "publish_port", "mesh_port", "report_port")
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
 
 
+def free_ports(count: int) -> list[int]:
+    """Held open until all are known, so that they differ."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for sock in sockets:
+            sock.bind(("127.0.0.1", 0))
+        return [int(sock.getsockname()[1]) for sock in sockets]
+
+
 def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    return free_ports(1)[0]
 
 
 def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 30.0) -> None:
@@ -36,13 +45,14 @@ def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 30.0) 
         time.sleep(0.05)
 
 
-@dataclass
 class Host:
-    """A deployment of its own: folder, port, environment."""
+    """A deployment of its own: folder, ports, environment."""
 
-    folder: Path
-    run_dir: Path
-    port: int = field(default_factory=free_port)
+    def __init__(self, folder: Path, run_dir: Path) -> None:
+        self.folder = folder
+        self.run_dir = run_dir
+        self.port, *health = free_ports(1 + len(HEALTH_PORTS))
+        self.health_ports = dict(zip(HEALTH_PORTS, health, strict=True))
 
     def environ(self, **overrides: str) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("MEMORY_")}
@@ -50,7 +60,9 @@ class Host:
             **kept,
             "MEMORY_RUN_DIR": str(self.run_dir),
             "MEMORY__NETWORK__PORT": str(self.port),
+            **{f"MEMORY__HEALTH__{name.upper()}": str(port) for name, port in self.health_ports.items()},
             "MEMORY__STORAGE__PATH": str(self.folder / "memory.db"),
+            "MEMORY__ERROR_BUS__HISTORY_PATH": str(self.folder / "health.db"),
             "MEMORY__LOG__DIR": str(self.folder / "logs"),
             "MEMORY__EMBEDDING__PROVIDER": "stub",
             **overrides,
@@ -66,14 +78,25 @@ class Host:
             timeout=100,
         )
 
-    def row(self) -> dict[str, str]:
-        """The orchestrator's row of the status table by heading; empty when nothing runs."""
-        lines = self.pc2("status").stdout.splitlines()
-        if len(lines) != 2:
-            return {}
-        starts = [lines[0].index(heading) for heading in lines[0].split()]
-        cells = [lines[1][a:b].strip() for a, b in zip(starts, [*starts[1:], None], strict=True)]
-        return dict(zip(lines[0].split(), cells, strict=True))
+    def row(self, program: str = "orchestrator") -> dict[str, str]:
+        """A program's row of the status table by heading; empty when nothing runs."""
+        return next((row for row in table(self.pc2("status").stdout) if row["PROGRAM"] == program), {})
+
+    def is_well(self) -> bool:
+        """Whether the health manager itself says that both programs are healthy."""
+        done = self.pc2("status")
+        return done.stderr == "" and [row["STATE"] for row in table(done.stdout)[:2]] == ["healthy"] * 2
+
+
+def table(text: str) -> list[dict[str, str]]:
+    """The rows of a status table by heading; none when the text has no table."""
+    headings, *lines = text.splitlines()
+    names = headings.split()
+    if names[0] != "PROGRAM":
+        return []
+    starts = [headings.index(name) for name in names]
+    ends = [*starts[1:], None]
+    return [{name: line[a:b].strip() for name, a, b in zip(names, starts, ends, strict=True)} for line in lines]
 
 
 @pytest.fixture
@@ -85,8 +108,9 @@ def host(tmp_path: Path) -> Iterator[Host]:
 
 def assert_nothing_runs(host: Host, **overrides: str) -> None:
     assert host.pc2("status", **overrides).returncode == 3
-    with socket.socket() as sock:
-        assert sock.connect_ex(("127.0.0.1", host.port)) != 0
+    for port in (host.port, *host.health_ports.values()):
+        with socket.socket() as sock:
+            assert sock.connect_ex(("127.0.0.1", port)) != 0
 
 
 def assert_one_line(done: subprocess.CompletedProcess[str], *parts: str) -> None:
@@ -101,10 +125,11 @@ def test_start_is_repeatable_heals_and_stops(host: Host) -> None:
     first = host.pc2("start")
     assert first.returncode == 0, first.stderr
     row = host.row()
-    assert row["PROGRAM"] == "orchestrator"
     assert row["ADDRESS"] == f"tcp://127.0.0.1:{host.port}"
     assert row["STATE"] in {"healthy", "starting", "degraded"}
     assert row["PID"] in first.stdout
+
+    assert host.row("health_manager")["ADDRESS"] == f"tcp://127.0.0.1:{host.health_ports['port']}"
 
     again = host.pc2("start")
     assert again.returncode == 0
@@ -123,6 +148,124 @@ def test_start_is_repeatable_heals_and_stops(host: Host) -> None:
     assert (stopped.returncode, stopped.stdout) == (0, "stopped\n")
     assert_nothing_runs(host)
     assert host.pc2("stop").stdout == "not running\n"
+
+
+def test_the_health_manager_starts_first_ends_last_and_is_restarted(host: Host) -> None:
+    assert host.pc2("start").returncode == 0
+    wait_for(host.is_well, "the health manager's word on both programs")
+    assert all(row["SINCE"] != "-" for row in table(host.pc2("status").stdout))
+    first_pid = host.row("health_manager")["PID"]
+    os.kill(int(first_pid), signal.SIGKILL)
+    wait_for(lambda: host.row("health_manager").get("PID") not in {first_pid, "-"}, "a restart", timeout_s=5.0)
+    wait_for(host.is_well, "the new one's word on both programs")
+    assert host.pc2("stop").returncode == 0
+    log = (host.folder / "logs" / "supervisord.log").read_text()
+    assert log.index("spawned: 'health_manager'") < log.index("spawned: 'orchestrator'")
+    assert log.rindex("stopped: orchestrator") < log.rindex("stopped: health_manager")
+
+
+def test_status_without_the_health_manager_says_so_and_looks_itself(host: Host) -> None:
+    assert host.pc2("start").returncode == 0
+    pid = int(host.row("health_manager")["PID"])
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        done = host.pc2("status")
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == ["the health manager does not answer: each program was asked by itself"]
+    orchestrator, manager = table(done.stdout)
+    assert (orchestrator["STATE"], orchestrator["SINCE"]) == ("healthy", "-")
+    assert "store ready" in orchestrator["REASON"]
+    assert (manager["STATE"], manager["PID"]) == ("no answer", str(pid))
+
+
+def test_a_program_that_is_down_is_told_with_the_reason_and_by_the_exit_status(host: Host) -> None:
+    assert host.pc2("start", MEMORY__HEALTH__HANG_S="1", MEMORY__HEALTH__HEAL="false").returncode == 0
+    pid = int(host.row()["PID"])
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        wait_for(lambda: host.row()["STATE"] == "down", "the hang")
+        done = host.pc2("status")
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert done.returncode == 1
+    row = table(done.stdout)[0]
+    assert row["PID"] == str(pid)
+    assert row["REASON"] not in {"", "-"}
+    wait_for(lambda: host.pc2("status").returncode == 0, "the end of the hang")
+
+
+@pytest.mark.parametrize("name", HEALTH_PORTS)
+def test_every_port_of_the_health_manager_is_checked_before_anything_starts(host: Host, name: str) -> None:
+    port = host.health_ports[name]
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", port))
+        taken.listen()
+        done = host.pc2("start")
+    assert done.returncode == 1
+    assert_one_line(done, f"port {port} on 127.0.0.1 is in use by another program", f"health.{name}")
+    assert not (host.folder / "logs" / "supervisord.log").exists()
+
+
+def test_one_port_named_twice_is_refused(host: Host) -> None:
+    done = host.pc2("start", MEMORY__METRICS__HEALTH_MANAGER_PORT=str(host.port))
+    assert done.returncode == 1
+    assert_one_line(done, "network.port and metrics.health_manager_port are both", str(host.port))
+
+
+def test_folders_with_odd_names(host: Host) -> None:
+    odd = host.folder / "100% it's"
+    assert host.pc2("start", MEMORY__LOG__DIR=str(odd / "logs"), MEMORY_RUN_DIR=str(odd / "run")).returncode == 0
+    try:
+        assert (odd / "logs" / "orchestrator.console.log").exists()
+    finally:
+        assert host.pc2("stop", MEMORY_RUN_DIR=str(odd / "run")).returncode == 0
+
+
+@pytest.fixture
+def foreground(host: Host) -> Iterator[subprocess.Popen[str]]:
+    """`pc2.py run`, which is no one's child but the test's."""
+    process = subprocess.Popen(
+        [*PC2, "run"], env=host.environ(), cwd=host.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    yield process
+    process.terminate()
+    process.communicate(timeout=30)
+
+
+def test_run_is_supervisord_in_the_foreground(host: Host, foreground: subprocess.Popen[str]) -> None:
+    waited = host.pc2("wait", MAINPID=str(foreground.pid))
+    assert waited.returncode == 0, waited.stderr
+    assert [row["PROGRAM"] for row in table(waited.stdout)[:2]] == ["orchestrator", "health_manager"]
+    assert (host.run_dir / "supervisord.pid").read_text().strip() == str(foreground.pid)
+    assert_one_line(host.pc2("run"), f"already running under supervisord, pid {foreground.pid}")
+    assert host.pc2("start").returncode == 0
+    assert (host.folder / "logs" / "orchestrator.log").stat().st_mode & 0o077 == 0
+
+    foreground.send_signal(signal.SIGTERM)
+    assert foreground.wait(30) == 0
+    assert_nothing_runs(host)
+
+
+def test_stop_ends_what_runs_in_the_foreground(host: Host, foreground: subprocess.Popen[str]) -> None:
+    assert host.pc2("wait").returncode == 0
+    assert host.pc2("stop").stdout == "stopped\n"
+    assert foreground.wait(10) == 0
+
+
+def test_run_refuses_a_broken_configuration_as_start_does(host: Host) -> None:
+    done = host.pc2("run", MEMORY__NETWORK__PORT="x")
+    assert done.returncode == 2
+    assert_one_line(done, "MEMORY__NETWORK__PORT")
+
+
+def test_wait_ends_with_the_process_that_it_waits_for(host: Host) -> None:
+    with subprocess.Popen(["true"]) as ended:
+        pass
+    done = host.pc2("wait", MAINPID=str(ended.pid))
+    assert done.returncode == 1
+    assert_one_line(done, "supervisord did not start")
 
 
 def test_start_and_status_follow_the_configuration_of_the_running_programs(host: Host, tmp_path: Path) -> None:

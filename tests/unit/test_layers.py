@@ -13,32 +13,53 @@ import pytest
 PROJECT = Path(__file__).resolve().parents[2]
 PACKAGE = "memory_system"
 
-# Low to high. A name stands for a module or a package directly below memory_system.
+# Low to high. A name stands for a module or a package directly below memory_system, or for a program.
 LAYERS = (
-    ("errors", "config_loader", "settings", "log", "digest", ""),
-    ("protocol",),
-    ("breaker", "client_core", "client_link", "client_pipe", "client_api", "memory_client"),
+    ("errors", "config_loader", "health_settings", "settings", "deployment", "log", "digest", "events", ""),
+    ("process_figures", "traffic", "protocol"),
+    ("outbox", "bus_sender", "error_bus", "heartbeat", "bus_log", "bus_link", "bus_progress", "bus_reader"),
+    (
+        "breaker",
+        "client_retry",
+        "client_reports",
+        "client_core",
+        "client_link",
+        "client_pipe",
+        "client_api",
+        "memory_client",
+    ),
+    ("security", "router", "request_server", "envelope", "fields", "actions"),
+    ("program", "reporting", "metrics", "metrics_server"),
     ("models", "filters", "decoding", "calls", "cursors"),
     ("lifecycle", "storage", "cache", "embedding", "access"),
     ("search",),
-    ("security", "service", "housekeeping"),
+    ("service", "housekeeping", "health"),
     ("dispatch",),
-    ("runtime", "orchestrator"),
+    ("runtime", "orchestrator", "system_health_manager"),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
-# The parts of one layer that know nothing of each other.
+# The parts that know nothing of each other.
+SERVICE = {"models", "filters", "decoding", "calls", "cursors", "lifecycle", "cache", "embedding", "access", "search"}
 STRANGERS = {
     "cache": {"storage", "embedding", "access"},
     "embedding": {"storage", "access"},
     "storage": {"cache", "embedding", "access"},
     "lifecycle": {"cache", "embedding", "storage", "access"},
+    "health": {*SERVICE, "service", "housekeeping"},
+    "service": {"health"},
+    "housekeeping": {"health"},
+    "dispatch": {"health"},
+    "runtime": {"health"},
+    "orchestrator": {"health"},
 }
-SERVER_ONLY = ("msgspec", "numpy", "torch", "yaml", "aiosqlite", "redis", "hnswlib", "uvloop", "sqlite3", "tenacity")
+SERVER_ONLY = ("msgspec", "numpy", "torch", "aiosqlite", "redis", "hnswlib", "uvloop", "sqlite3", "prometheus_client")
+# What the programs of agents are built of.
+FOR_AGENTS = ("actions", "program", "reporting", "error_bus", "heartbeat", "bus_log", "bus_reader", "metrics")
 
 
 def modules() -> dict[str, Path]:
     """Dotted name -> file, of all modules of the package and the programs."""
-    found = {name: PROJECT / f"{name}.py" for name in ("orchestrator", "memory_client")}
+    found = {path.stem: path for path in sorted(PROJECT.glob("*.py"))}
     for path in sorted((PROJECT / PACKAGE).rglob("*.py")):
         parts = path.relative_to(PROJECT).with_suffix("").parts
         found[".".join(part for part in parts if part != "__init__")] = path
@@ -104,21 +125,31 @@ def test_the_layers_name_only_what_exists() -> None:
     assert set(RANK) - parts == set()
 
 
-def test_the_client_needs_nothing_of_the_service() -> None:
-    code = (
-        "import sys, memory_client\n"
-        f"loaded = [name for name in {SERVER_ONLY!r} if name in sys.modules]\n"
-        "service = [m for m in sys.modules if m.startswith('memory_system.') and m.split('.')[1].split('_')[0]\n"
-        "           not in ('protocol', 'breaker', 'errors', 'log', 'client')]\n"
-        "sys.exit(repr(loaded + service) if loaded or service else 0)"
-    )
+def loaded_by(imports: str, names: tuple[str, ...]) -> str:
+    """The modules of these names, and our own, that a fresh interpreter has loaded after these imports."""
+    code = f"import sys\n{imports}\nprint(*(name for name in sys.modules if name in {names!r} or '{PACKAGE}.' in name))"
     done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, timeout=30)
     assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_client_needs_nothing_of_the_service() -> None:
+    loaded = loaded_by("import memory_client", (*SERVER_ONLY, "yaml", "tenacity", "structlog")).split()
+    assert [name for name in loaded if not name.startswith(PACKAGE)] == []
+    parts = {part_of(name) for name in loaded}
+    assert {part for part in parts if RANK[part] > RANK["memory_client"]} == set()
+    assert parts & {"config_loader", "settings", "health_settings", "deployment"} == set()
+
+
+def test_agents_need_nothing_of_the_service() -> None:
+    loaded = loaded_by("\n".join(f"import {PACKAGE}.{name}" for name in FOR_AGENTS), SERVER_ONLY).split()
+    assert [name for name in loaded if not name.startswith(PACKAGE)] == []
+    assert {part_of(name) for name in loaded if RANK[part_of(name)] >= RANK["models"]} == set()
 
 
 def test_the_client_layer_imports_only_the_wire() -> None:
     for module, path in MODULES.items():
         if RANK[part_of(module)] == RANK["memory_client"]:
-            allowed = {"protocol", "breaker", "errors", "log", ""}
+            allowed = {"protocol", "breaker", "errors", "log", "error_bus", ""}
             others = {part_of(name) for name in imports(path)} - allowed
             assert all(name.startswith("client_") for name in others), f"{module} imports {others}"

@@ -1,0 +1,1 @@
+"""The parts of the health manager: error history, broadcast, watching, healing."""

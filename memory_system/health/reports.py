@@ -1,0 +1,176 @@
+"""What reporters and publishers send, decoded; and the answers to it. Pure.
+
+A batch is `{"v": 1, "kind": "events", "batch": N, "events": [...]}`, a heartbeat `{"v": 1, "kind": "heartbeat",
+"component": ..., ...}`, both msgpack or JSON; the mesh sends `ERROR:` and JSON. All of it is untrusted.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import msgpack
+
+from memory_system import protocol
+from memory_system.events import (
+    ERROR_TOPIC,
+    MAX_EVENT_BYTES,
+    MAX_NAME_CHARS,
+    Event,
+    MalformedEvent,
+    bounded_details,
+    parse_event,
+)
+
+VERSION: Final = 1
+MAX_BODY_BYTES: Final = 2 * 1024 * 1024
+MAX_BATCH_EVENTS: Final = 2_000
+# Small containers cost far more in memory than on the wire.
+MAX_CONTAINERS: Final = 50_000
+
+_TOPIC: Final = ERROR_TOPIC.encode()
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Events of one reporter; `malformed` says what is wrong with each that is none."""
+
+    number: int
+    events: list[Event]
+    malformed: list[MalformedEvent]
+    as_json: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """A component lives; `fields` are plain values, `component` and `timestamp` (epoch seconds) among them."""
+
+    component: str
+    fields: Mapping[str, Any]
+
+
+def read_report(body: bytes, now_s: float) -> Batch | Heartbeat:
+    """Decode what came on the reporters' port. Raises MalformedEvent when it is neither of the two."""
+    message = _decode(body)
+    agent = message.get("component")
+    agent = agent[:MAX_NAME_CHARS] if isinstance(agent, str) else None
+    if message.get("v") != VERSION:
+        raise MalformedEvent("the report is of an unknown version", agent)
+    if message.get("kind") == "heartbeat":
+        return _heartbeat(message, now_s)
+    number, events = _number(message.get("batch")), message.get("events")
+    if message.get("kind") != "events" or number is None or not isinstance(events, list):
+        raise MalformedEvent("the report is neither a batch of events nor a heartbeat", agent)
+    if len(events) > MAX_BATCH_EVENTS:
+        raise MalformedEvent(f"the batch has more than {MAX_BATCH_EVENTS} events", agent)
+    batch = Batch(number, [], [], protocol.is_json(body))
+    for each in events:
+        try:
+            batch.events.append(read_event(each, now_s))
+        except MalformedEvent as error:
+            batch.malformed.append(error)
+    return batch
+
+
+def read_mesh(frames: list[bytes], now_s: float) -> Event:
+    """The event of a message of the mesh: `ERROR:{...}`, or the topic and the JSON in two frames.
+
+    Raises MalformedEvent.
+    """
+    if len(frames) > 2:
+        raise MalformedEvent("the message has more than two frames")
+    size = sum(map(len, frames))
+    if size > MAX_EVENT_BYTES:
+        raise MalformedEvent(f"the event has {size} bytes, the limit is {MAX_EVENT_BYTES}")
+    body = frames[1] if len(frames) == 2 else frames[0][len(_TOPIC) :]
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        raise MalformedEvent("the event is no JSON") from None
+    return read_event(value, now_s)
+
+
+def read_event(value: object, now_s: float) -> Event:
+    """`events.parse_event`, which whatever anybody sends cannot get out of otherwise. Raises MalformedEvent."""
+    try:
+        return parse_event(value, now_s)
+    except MalformedEvent:
+        raise
+    except Exception as error:  # noqa: BLE001  one event that breaks the reader must not stop those of all others
+        raise MalformedEvent(f"the event cannot be read: {type(error).__name__}") from None
+
+
+def acknowledgement(batch: Batch, accepted: int, known: int) -> bytes:
+    """The events are on disk, or were before; those that are none need not come again either."""
+    malformed = len(batch.malformed)
+    fields = {"batch": batch.number, "accepted": accepted, "known": known, "malformed": malformed}
+    return _encode({"v": VERSION, "kind": "ack", **fields}, batch.as_json)
+
+
+def try_again(batch: Batch, retry_after_ms: int, message: str) -> bytes:
+    """Nothing of the batch was kept."""
+    fields = {"batch": batch.number, "retry_after_ms": retry_after_ms, "message": message}
+    return _encode({"v": VERSION, "kind": "retry", **fields}, batch.as_json)
+
+
+def refusal(body: bytes, message: str) -> bytes:
+    """What came is no report; sending it again does not help."""
+    return _encode({"v": VERSION, "kind": "refused", "message": message}, protocol.is_json(body))
+
+
+def _decode(body: bytes) -> dict[Any, Any]:
+    if len(body) > MAX_BODY_BYTES:
+        raise MalformedEvent(f"the report has {len(body)} bytes, the limit is {MAX_BODY_BYTES}")
+    try:
+        value = json.loads(body) if protocol.is_json(body) else _unpack(body)
+    except (ValueError, TypeError, RecursionError, OverflowError, msgpack.exceptions.UnpackException):
+        raise MalformedEvent("the report is neither msgpack nor JSON") from None
+    if not isinstance(value, dict):
+        raise MalformedEvent("the report is no map")
+    return value
+
+
+def _unpack(body: bytes) -> Any:
+    left = MAX_CONTAINERS
+
+    def count(container: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise ValueError("too many containers")
+        return container
+
+    return msgpack.unpackb(
+        body,
+        raw=False,
+        unicode_errors="replace",  # one broken text is no reason to refuse the events beside it
+        strict_map_key=False,
+        object_hook=count,
+        list_hook=count,
+        max_array_len=MAX_BATCH_EVENTS + 1,
+        max_map_len=MAX_CONTAINERS,
+    )
+
+
+def _heartbeat(message: Mapping[Any, Any], now_s: float) -> Heartbeat:
+    component, timestamp = message.get("component"), message.get("timestamp")
+    if not isinstance(component, str) or not 0 < len(component) <= MAX_NAME_CHARS:
+        raise MalformedEvent("the heartbeat has no component")
+    try:
+        rest = bounded_details({str(name): each for name, each in message.items() if name not in ("v", "kind")})
+    except Exception as error:  # noqa: BLE001  as in read_event
+        raise MalformedEvent(f"the heartbeat cannot be read: {type(error).__name__}", component) from None
+    is_time = isinstance(timestamp, int | float) and math.isfinite(timestamp) and 0 <= timestamp < 1e11
+    return Heartbeat(component, {**rest, "component": component, "timestamp": timestamp if is_time else now_s})
+
+
+def _number(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63 else None
+
+
+def _encode(answer: dict[str, Any], as_json: bool) -> bytes:
+    packed: bytes = json.dumps(answer).encode() if as_json else msgpack.packb(answer, use_bin_type=True)
+    return packed

@@ -1,0 +1,199 @@
+#!/usr/bin/env python3
+"""Shows the error bus: what the history has, then each error as it is broadcast, one line for each.
+
+    tail_error_bus.py --severity error --since 2h
+
+Goes on when the health manager restarts, and shows what was missed meanwhile. Addresses come from the configuration
+(MEMORY_CONFIG) unless given. Needs pyzmq alone. Exit status: 0 done, 1 the manager cannot be reached (--no-follow),
+2 wrong arguments or configuration, 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Final
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import zmq
+
+from memory_system.bus_progress import BusEvent
+from memory_system.bus_reader import MAX_LAST, BusReader
+from memory_system.errors import ConfigError, MemorySystemError
+from memory_system.events import SEVERITIES
+
+LAST: Final = 20
+INTERRUPTED: Final = 130
+_UNITS_S: Final = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
+_COLOURS: Final = {"info": "36", "warning": "33", "error": "31", "critical": "1;37;41"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    try:
+        return run(parse(arguments))
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read this has gone. What is still buffered must not fail once more at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def run(options: argparse.Namespace) -> int:
+    show = as_json if options.json else Line(wants_colour())
+    try:
+        publish, api = addresses(options)
+        with BusReader(
+            publish,
+            api,
+            since_s=options.since,
+            last=options.lines,
+            severity=options.severity,
+            agent=options.agent,
+            on_state=say_state if options.follow else lambda reason: None,
+        ) as reader:
+            write(iter(reader) if options.follow else reader.history(), show)
+    except ConfigError as error:
+        say(error.message)
+        return 2
+    except MemorySystemError as error:
+        say(f"{error.message}; is the health manager running?" if error.retryable else error.message)
+        return 1
+    except zmq.ZMQError as error:
+        say(f"--publish or --api is no address to connect to: {error.strerror}")
+        return 2
+    return 0
+
+
+def write(events: Iterator[BusEvent], show: Callable[[BusEvent], str]) -> None:
+    for each in events:
+        sys.stdout.write(f"{show(each)}\n")
+        sys.stdout.flush()
+
+
+# -- arguments --------------------------------------------------------------------------------------------------------
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Shows the errors of the system: the history first, then live.")
+    parser.add_argument("--severity", choices=SEVERITIES, default=SEVERITIES[0], help="the least severe to show")
+    parser.add_argument("--agent", metavar="NAME", help="errors of this one alone")
+    parser.add_argument("--since", type=since, metavar="WHEN", help="10m, 2h, an ISO 8601 time or epoch seconds")
+    parser.add_argument(
+        "--lines", type=lines, default=LAST, metavar="N", help="how much history without --since (default: %(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object for each error")
+    parser.add_argument(
+        "--follow", action=argparse.BooleanOptionalAction, default=True, help="wait for more (default: yes)"
+    )
+    parser.add_argument("--publish", metavar="ADDRESS", help="where the manager broadcasts, as tcp://127.0.0.1:7150")
+    parser.add_argument("--api", metavar="ADDRESS", help="where the manager answers, as tcp://127.0.0.1:7121")
+    return parser.parse_args(arguments)
+
+
+def since(text: str, now_s: float | None = None) -> float:
+    """Epoch seconds of `10m` (ago), `2026-01-31T12:00` (local time unless it names another zone) or `1769860800`."""
+    ago = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text)
+    if ago:
+        return max(0.0, (time.time() if now_s is None else now_s) - float(ago[1]) * _UNITS_S[ago[2]])
+    with contextlib.suppress(ValueError):
+        seconds = float(text)
+        if math.isfinite(seconds) and seconds >= 0:
+            return seconds
+    # A time of day alone, a year that no clock has: fromisoformat and timestamp refuse both.
+    with contextlib.suppress(ValueError, OverflowError, OSError):
+        return datetime.fromisoformat(text).timestamp()
+    raise argparse.ArgumentTypeError(
+        f"{text!r} is no time: expected 30s, 10m, 2h, 1d, 2026-01-31T12:00 or epoch seconds"
+    )
+
+
+def lines(text: str) -> int:
+    if text.isdecimal() and int(text) <= MAX_LAST:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 to {MAX_LAST}")
+
+
+def addresses(options: argparse.Namespace) -> tuple[str, str]:
+    """Where to listen and where to ask. Raises ConfigError."""
+    if options.publish and options.api:
+        return options.publish, options.api
+    try:
+        from memory_system.program import connect_address
+        from memory_system.settings import load_settings
+
+        settings = load_settings()
+    except ImportError:  # a host with pyzmq alone: no PyYAML, no configuration
+        return options.publish or "tcp://127.0.0.1:7150", options.api or "tcp://127.0.0.1:7121"
+    bind, health = settings.network.bind, settings.health
+    return (
+        options.publish or connect_address(bind, health.publish_port),
+        options.api or connect_address(bind, health.port),
+    )
+
+
+# -- lines ------------------------------------------------------------------------------------------------------------
+
+
+def as_json(each: BusEvent) -> str:
+    return json.dumps(each.fields())
+
+
+class Line:
+    """An error as one line: time (local), severity, agent, error type, message, how many, request."""
+
+    def __init__(self, colour: bool) -> None:
+        self._colour = colour
+
+    def __call__(self, each: BusEvent) -> str:
+        event = each.event
+        parts = [
+            self._dim(datetime.fromtimestamp(event.timestamp).strftime("%Y-%m-%d %H:%M:%S")),
+            self._coloured(f"{event.severity.upper():8}", _COLOURS[event.severity]),
+            self._coloured(printable(event.agent), "1"),
+            printable(event.error_type),
+            printable(event.message),
+        ]
+        if event.count > 1:
+            parts.append(self._coloured(f"x{event.count}", "1"))
+        if event.request_id:
+            parts.append(self._dim(f"request_id={printable(event.request_id)}"))
+        return "  ".join(part for part in parts if part)
+
+    def _dim(self, text: str) -> str:
+        return self._coloured(text, "2")
+
+    def _coloured(self, text: str, code: str) -> str:
+        return f"\x1b[{code}m{text}\x1b[0m" if self._colour else text
+
+
+def printable(text: str) -> str:
+    """On one line, and without what a terminal would take for a command: the text is a stranger's."""
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+
+
+def wants_colour() -> bool:
+    return sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+
+
+def say_state(reason: str | None) -> None:
+    say("connected again" if reason is None else f"{reason}; is the health manager running? Trying on")
+
+
+def say(text: str) -> None:
+    sys.stderr.write(f"tail_error_bus: {text}\n")
+    sys.stderr.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,256 @@
+#!/usr/bin/env python3
+"""The health manager: watches every program, carries the error bus, and has killed what hangs.
+
+    python system_health_manager.py [--config FILE]
+
+Subscribers connect a SUB socket to port 7150 and hear HEARTBEAT:, HEALTH: and ERROR: messages; port 7121 answers
+health_check, get_health and get_errors; errors and heartbeats come in on 7151 (PUB sockets of the mesh) and 7152
+(acknowledged). Exit status: 0 after SIGTERM or SIGINT, 1 when it cannot start, 2 for a bad configuration.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+from memory_system import __version__, bus_log, log
+from memory_system.actions import ActionServer
+from memory_system.deployment import program_addresses
+from memory_system.health.broadcast import MANAGER
+from memory_system.health.bus import Bus
+from memory_system.health.ingest import Ingest
+from memory_system.health.records import HistoryFailed
+from memory_system.health.states import State
+from memory_system.health.supervisor import Supervisor
+from memory_system.health.watch import Watch
+from memory_system.metrics import EventCounts, Family, component_families, traffic_families
+from memory_system.process_figures import disk_free_bytes, process_figures
+from memory_system.program import ends, listen_address, run_program
+from memory_system.security import policy_for
+from memory_system.settings import Settings
+
+logger = log.get_logger("health_manager")
+
+LAST_ALIVE: Final = "last_alive_at"
+LAST_HOUR_S: Final = 3600.0
+# Subscribers whose connection broke with the last process need a moment to be back and hear how it ended.
+DEATH_SHOWN_S: Final = 1.0
+# From the least to the most worrying: the state of the whole is that of its worst part.
+RANKS: Final = ("healthy", "starting", "degraded", "flapping", "down")
+SEVERITIES: Final = {"down": "critical", "flapping": "critical", "degraded": "warning"}
+
+
+class HealthManager:
+    """Joins the watch, the bus and the sockets, and ends them in the right order."""
+
+    def __init__(self, settings: Settings) -> None:
+        bind, ports = settings.network.bind, settings.health
+        self.settings = settings
+        self.boot_id = secrets.token_hex(8)
+        self._started_at = time.time()
+        self._counts = EventCounts()
+        self._states: dict[str, str] = {}
+        self._troubled: set[str] = set()
+        self._held: list[tuple[str, dict[str, Any]]] | None = None
+        self._closers: list[Callable[[], Any]] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self.bus = Bus(settings, listen_address(bind, ports.publish_port), self.boot_id, on_event=self._counts.note)
+        self.server = ActionServer(
+            MANAGER,
+            listen_address(bind, ports.port),
+            {"get_health": self.get_health, "get_errors": self.bus.get_errors},
+            settings,
+            health=self._health,
+            port_key="health.port",
+        )
+        self.watch = Watch(
+            ports,
+            program_addresses(settings),
+            Supervisor.of_this_process(),
+            own=(MANAGER, self._own_figures),
+            on_change=self._on_change,
+            report=self._report,
+        )
+        self.ingest = Ingest(settings, self.bus.history, on_heartbeat=self._on_heartbeat)
+
+    async def run(self) -> int:
+        """Serve until told to stop; the exit status."""
+        loop = asyncio.get_running_loop()
+        end = ends(loop)
+        try:
+            await self._start()
+            logger.info("listening", address=self.server.address, pid=os.getpid(), boot_id=self.boot_id)
+            await end.wait()
+            logger.info("stopping")
+        finally:
+            await self._close()
+        logger.info("stopped")
+        return 0
+
+    async def _start(self) -> None:
+        self._closers.append(self.bus.close)
+        await self.bus.start()
+        handler = bus_log.install(self.bus)
+        self._closers += [lambda: bus_log.remove(handler), self.watch.close, self.ingest.close, self.server.close]
+        self.ingest.bind()
+        self.server.bind()
+        self._open_metrics()
+        await self._tell_of_last_run()
+        self.ingest.start()
+        self.server.start()
+        self.watch.start()
+        self._beat()
+
+    async def _close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        for task in self._tasks:
+            task.cancel()
+        await self.server.drain()
+        while self._closers:
+            result = self._closers.pop()()
+            if result is not None:
+                await result
+
+    def _open_metrics(self) -> None:
+        port = self.settings.metrics.health_manager_port
+        if not port:
+            return
+        # Not above: it brings an HTTP server and prometheus_client, which nobody needs who has no metrics.
+        from memory_system.metrics_server import MetricsServer
+
+        network = self.settings.network
+        server = MetricsServer(network.bind, port, self._families, policy_for(network, self.settings.security))
+        server.start()
+        self._closers.append(lambda: asyncio.to_thread(server.close))
+
+    async def _tell_of_last_run(self) -> None:
+        """A manager that died could not say so; this one does, to the history and to whoever subscribes again."""
+        history = self.bus.history
+        alive_at = history.previous.get(LAST_ALIVE)
+        if alive_at is None or history.was_clean:
+            return
+        ago_s = max(0.0, self._started_at - float(alive_at))
+        reason = f"it ended without a clean stop; its last sign of life was {ago_s:.1f} s before this start"
+        self._announce(
+            MANAGER, {"state": "down", "cause": "died", "reason": reason, "since": float(alive_at), "pid": None}
+        )
+        self._held = []
+        asyncio.get_running_loop().call_later(DEATH_SHOWN_S, self._tell_held)
+
+    def _tell_held(self) -> None:
+        held, self._held = self._held or [], None
+        for component, fields in held:
+            self._announce(component, fields)
+
+    # -- what comes from the watch and from reporters -----------------------------------------------------------
+
+    def _on_change(self, component: str, state: State, entry: dict[str, Any]) -> None:
+        if component == MANAGER and self._held is not None:
+            self._held.append((component, entry))
+        else:
+            self._announce(component, entry)
+
+    def _announce(self, component: str, entry: Mapping[str, Any]) -> None:
+        state, previous = entry["state"], self._states.get(component)
+        self._states[component] = state
+        self.bus.broadcaster.publish_health(component, {**entry, "previous": previous})
+        details = {"component": component, "cause": entry.get("cause")}
+        if state in SEVERITIES:
+            self._troubled.add(component)
+            message = f"{component} is {state}: {entry['reason']}"
+            self.bus.report(f"component_{state}", message, SEVERITIES[state], details=details)
+        elif state == "healthy" and component in self._troubled:
+            self._troubled.remove(component)
+            self.bus.report("component_recovered", f"{component} is healthy again", "info", details=details)
+
+    def _report(self, error_type: str, message: str, severity: str, details: Mapping[str, Any]) -> None:
+        self.bus.report(error_type, message, severity, details=details)
+
+    def _on_heartbeat(self, fields: Mapping[str, Any], peer: str) -> None:
+        if self.watch.heartbeat(fields, peer):
+            own = {name: value for name, value in fields.items() if name not in ("v", "kind", "component")}
+            self.bus.broadcaster.publish_heartbeat(fields["component"], own)
+
+    def _beat(self) -> None:
+        """The manager's own sign of life, also into the history: the next start wants to know when the last was."""
+        interval_s = self.settings.health.heartbeat_s
+        fields = {"timestamp": time.time(), "state": self._own_state(), "interval_s": interval_s, **self._own_figures()}
+        self.bus.broadcaster.publish_heartbeat(MANAGER, fields)
+        task = asyncio.get_running_loop().create_task(self._note_alive())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        self._timer = asyncio.get_running_loop().call_later(interval_s, self._beat)
+
+    async def _note_alive(self) -> None:
+        with contextlib.suppress(HistoryFailed):  # it has logged why, and the manager is degraded by it
+            await self.bus.history.set_meta(LAST_ALIVE, repr(time.time()))
+
+    # -- what it says of itself and of all ----------------------------------------------------------------------
+
+    def _own_state(self) -> str:
+        return "degraded" if self.bus.history.failing else "healthy"
+
+    def _own_figures(self) -> dict[str, Any]:
+        folder = os.path.dirname(self.settings.error_bus.history_path)
+        return {
+            **process_figures(),
+            "state": self._own_state(),
+            "uptime_s": time.time() - self._started_at,
+            "disk_free_bytes": disk_free_bytes(folder),
+            "readiness": {"history": "unavailable" if self.bus.history.failing else "ready"},
+        }
+
+    def _health(self) -> dict[str, Any]:
+        """The manager's part of its health_check."""
+        return {
+            **self._own_figures(),
+            "version": __version__,
+            "boot_id": self.boot_id,
+            "ingest": self.ingest.figures(),
+            **self.bus.figures(),
+        }
+
+    async def get_health(self) -> dict[str, Any]:
+        """The action get_health: every component with its state and the reason for it, and the state of the whole."""
+        picture = self.watch.picture()
+        worst = max((each["state"] for each in picture), key=RANKS.index, default="healthy")
+        try:
+            errors: dict[str, int] | None = await self.bus.history.totals(LAST_HOUR_S)
+        except HistoryFailed:
+            errors = None
+        return {
+            "state": worst,
+            "results": picture,
+            "count": len(picture),
+            "errors_last_hour": errors,
+            "boot_id": self.boot_id,
+            "checked_at": time.time(),
+        }
+
+    def _families(self) -> list[Family]:
+        """The metrics as they are now; called in the thread of a scrape."""
+        return [
+            *component_families(self.watch.picture()),
+            *self._counts.families(),
+            *traffic_families(self.server.actions.traffic),
+        ]
+
+
+async def serve(settings: Settings) -> int:
+    return await HealthManager(settings).run()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run_program(MANAGER, "Watches the programs of the mesh and carries their errors.", serve, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
