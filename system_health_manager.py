@@ -17,6 +17,7 @@ import secrets
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 from memory_system import __version__, bus_log, log
@@ -24,7 +25,9 @@ from memory_system.actions import ActionServer
 from memory_system.deployment import program_addresses
 from memory_system.health.broadcast import MANAGER
 from memory_system.health.bus import Bus
+from memory_system.health.history_file import LOGGER
 from memory_system.health.ingest import Ingest
+from memory_system.health.memory import Memory, decode, encode
 from memory_system.health.records import HistoryFailed
 from memory_system.health.states import State
 from memory_system.health.supervisor import Supervisor
@@ -38,12 +41,16 @@ from memory_system.settings import Settings
 logger = log.get_logger("health_manager")
 
 LAST_ALIVE: Final = "last_alive_at"
+COMPONENTS: Final = "components"
 LAST_HOUR_S: Final = 3600.0
 # Subscribers whose connection broke with the last process need a moment to be back and hear how it ended.
 DEATH_SHOWN_S: Final = 1.0
 # From the least to the most worrying: the state of the whole is that of its worst part.
 RANKS: Final = ("healthy", "starting", "degraded", "flapping", "down")
 SEVERITIES: Final = {"down": "critical", "flapping": "critical", "degraded": "warning"}
+# Trouble of a process that runs: that it ends then, killed or by itself, is the same trouble.
+ENDED_NEXT: Final = (("down", "hang"), ("down", "silent"), ("down", "reported"))
+ASKED_FOR: Final = frozenset({"stopping", "stopped"})  # causes that are nobody's failure
 
 
 class HealthManager:
@@ -55,8 +62,10 @@ class HealthManager:
         self.boot_id = secrets.token_hex(8)
         self._started_at = time.time()
         self._counts = EventCounts()
-        self._states: dict[str, str] = {}
+        self._states: dict[str, tuple[str, str]] = {}  # state and cause that were told last
         self._troubled: set[str] = set()
+        self._memories: dict[str, Memory] = {}
+        self._noting = False
         self._held: list[tuple[str, dict[str, Any]]] | None = None
         self._closers: list[Callable[[], Any]] = []
         self._tasks: set[asyncio.Task[None]] = set()
@@ -76,6 +85,7 @@ class HealthManager:
             Supervisor.of_this_process(),
             own=(MANAGER, self._own_figures),
             on_change=self._on_change,
+            on_forget=self._on_forget,
             report=self._report,
         )
         self.ingest = Ingest(settings, self.bus.history, on_heartbeat=self._on_heartbeat)
@@ -95,17 +105,19 @@ class HealthManager:
         return 0
 
     async def _start(self) -> None:
-        self._closers.append(self.bus.close)
+        self._closers += [self.bus.close, self.watch.close, self.ingest.close, self.server.close]
         await self.bus.start()
         handler = bus_log.install(self.bus)
-        self._closers += [lambda: bus_log.remove(handler), self.watch.close, self.ingest.close, self.server.close]
+        handler.addFilter(lambda record: record.name != LOGGER)  # the history has its own way into the history
+        self._closers.insert(1, lambda: bus_log.remove(handler))
         self.ingest.bind()
         self.server.bind()
         self._open_metrics()
         await self._tell_of_last_run()
+        self._recall()
         self.ingest.start()
         self.server.start()
-        self.watch.start()
+        self.watch.start(dict(self._memories))
         self._beat()
 
     async def _close(self) -> None:
@@ -145,6 +157,14 @@ class HealthManager:
         self._held = []
         asyncio.get_running_loop().call_later(DEATH_SHOWN_S, self._tell_held)
 
+    def _recall(self) -> None:
+        """Trouble that the manager before this one told of is told of once; its end is told by this one."""
+        self._memories = decode(self.bus.history.previous.get(COMPONENTS), self._started_at)
+        for component, memory in self._memories.items():
+            if memory.troubled:
+                self._troubled.add(component)
+                self._states.setdefault(component, (memory.state, memory.cause))
+
     def _tell_held(self) -> None:
         held, self._held = self._held or [], None
         for component, fields in held:
@@ -159,17 +179,38 @@ class HealthManager:
             self._announce(component, entry)
 
     def _announce(self, component: str, entry: Mapping[str, Any]) -> None:
-        state, previous = entry["state"], self._states.get(component)
-        self._states[component] = state
-        self.bus.broadcaster.publish_health(component, {**entry, "previous": previous})
-        details = {"component": component, "cause": entry.get("cause")}
+        state, cause, before = entry["state"], entry["cause"], self._states.get(component, (None, ""))
+        self._states[component] = (state, cause)
+        self.bus.broadcaster.publish_health(component, {**entry, "previous": before[0]})
+        self._note_soon()
+        details = {"component": component, "cause": cause}
         if state in SEVERITIES:
             self._troubled.add(component)
-            message = f"{component} is {state}: {entry['reason']}"
-            self.bus.report(f"component_{state}", message, SEVERITIES[state], details=details)
+            if self._is_told(component, (state, cause), before):
+                return
+            what = cause if cause in ASKED_FOR else state
+            severity = "info" if cause in ASKED_FOR else SEVERITIES[state]
+            message = f"{component} is {what}: {entry['reason']}"
+            # In the name of whom it is about: repeats are folded by agent, and the deaths of two are no repeats.
+            self.bus.report(f"component_{what}", message, severity, details=details, agent=component)
         elif state == "healthy" and component in self._troubled:
             self._troubled.remove(component)
-            self.bus.report("component_recovered", f"{component} is healthy again", "info", details=details)
+            self._memories.pop(component, None)
+            message = f"{component} is healthy again"
+            self.bus.report("component_recovered", message, "info", details=details, agent=component)
+
+    def _is_told(self, component: str, now: tuple[str, str], before: tuple[str | None, str]) -> bool:
+        """Whether this is no news: what the last manager told of already, a second word of the same stop, or the end
+        of a process that was told to be down while it still ran."""
+        known = self._memories.pop(component, None)
+        if known is not None and known.troubled and now in ((known.state, known.cause), (known.state, "silent")):
+            return True
+        return now == before == ("down", "stopped") or (now == ("down", "died") and before in ENDED_NEXT)
+
+    def _on_forget(self, component: str) -> None:
+        self.bus.broadcaster.forget(component)
+        self._states.pop(component, None)
+        self._troubled.discard(component)
 
     def _report(self, error_type: str, message: str, severity: str, details: Mapping[str, Any]) -> None:
         self.bus.report(error_type, message, severity, details=details)
@@ -182,16 +223,29 @@ class HealthManager:
     def _beat(self) -> None:
         """The manager's own sign of life, also into the history: the next start wants to know when the last was."""
         interval_s = self.settings.health.heartbeat_s
+        self._timer = asyncio.get_running_loop().call_later(interval_s, self._beat)
         fields = {"timestamp": time.time(), "state": self._own_state(), "interval_s": interval_s, **self._own_figures()}
         self.bus.broadcaster.publish_heartbeat(MANAGER, fields)
-        task = asyncio.get_running_loop().create_task(self._note_alive())
+        self._note_soon()
+
+    def _note_soon(self) -> None:
+        """Keep in the history what the next manager has to know: now, and for all of this turn of the loop at once."""
+        if self._noting:
+            return
+        self._noting = True
+        task = asyncio.get_running_loop().create_task(self._note())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        self._timer = asyncio.get_running_loop().call_later(interval_s, self._beat)
 
-    async def _note_alive(self) -> None:
+    async def _note(self) -> None:
+        self._noting = False
+        now_at = time.time()
+        memories = {
+            name: replace(each, troubled=name in self._troubled) for name, each in self.watch.memories().items()
+        }
         with contextlib.suppress(HistoryFailed):  # it has logged why, and the manager is degraded by it
-            await self.bus.history.set_meta(LAST_ALIVE, repr(time.time()))
+            await self.bus.history.set_meta(LAST_ALIVE, repr(now_at))
+            await self.bus.history.set_meta(COMPONENTS, encode(memories, now_at))
 
     # -- what it says of itself and of all ----------------------------------------------------------------------
 
@@ -221,7 +275,9 @@ class HealthManager:
     async def get_health(self) -> dict[str, Any]:
         """The action get_health: every component with its state and the reason for it, and the state of the whole."""
         picture = self.watch.picture()
-        worst = max((each["state"] for each in picture), key=RANKS.index, default="healthy")
+        # Who signed off is no trouble of the whole.
+        states = (each["state"] for each in picture if each["cause"] != "stopped")
+        worst = max(states, key=RANKS.index, default="healthy")
         try:
             errors: dict[str, int] | None = await self.bus.history.totals(LAST_HOUR_S)
         except HistoryFailed:

@@ -6,18 +6,19 @@ a gap or a restart of the manager, has to know which rows of the history a messa
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from memory_system.events import Event, MalformedEvent, parse_event
+from memory_system.events import MAX_AHEAD_S, Event, Kind, MalformedEvent, kind_of, parse_event
 
 VARIOUS: Final = "(various)"  # the agent and error_type of a message that sums up several kinds
 _KEPT_ROWS: Final = 10_000
 _PRUNE_ABOVE: Final = 1000
 
-Kind = tuple[str, str]  # agent, error_type
+VARIOUS_KIND: Final[Kind] = (VARIOUS, VARIOUS, "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,7 @@ class Message:
         seq = _integer(fields, "seq")
         prev_seq = _integer(fields, "prev_seq")
         repeats = _integer(fields, "repeats", 0)
-        event = parse_event(fields, now_s)
+        event = parse_event(fields, now_s, ahead_s=math.inf)  # the manager's clock has judged it
         if repeats:
             event = replace(event, count=repeats)
         first_at, last_at = (_number(fields, name, event.timestamp) for name in ("first_at", "last_at"))
@@ -68,6 +69,30 @@ class Message:
             repeats=repeats,
             event=BusEvent(seq, event, first_at, last_at, live=True),
         )
+
+
+class Had:
+    """What a reader has given away, for the case that the history becomes another one, with numbers of its own. Pure.
+
+    `since_s`: events from this time on, epoch seconds, may be new to it.
+    """
+
+    def __init__(self, begun_at: float) -> None:
+        self._newest_at = begun_at
+        self._ids: dict[str, None] = {}
+
+    def __contains__(self, event: BusEvent) -> bool:
+        return event.event.event_id in self._ids
+
+    @property
+    def since_s(self) -> float:
+        return max(0.0, self._newest_at - MAX_AHEAD_S)
+
+    def note(self, event: BusEvent) -> None:
+        self._newest_at = max(self._newest_at, event.last_at)
+        self._ids[event.event.event_id] = None
+        if len(self._ids) > _KEPT_ROWS:
+            del self._ids[next(iter(self._ids))]
 
 
 class Progress:
@@ -142,7 +167,7 @@ class Progress:
         return sum(
             count
             for seq, each, count in self._fetched
-            if message.first_seq <= seq <= message.seq and kind in (each, (VARIOUS, VARIOUS))
+            if message.first_seq <= seq <= message.seq and kind in (each, VARIOUS_KIND)
         )
 
     def _told(self, seq: int) -> None:
@@ -159,13 +184,9 @@ class Progress:
         self._fetched.clear()
 
 
-def kind_of(event: Event) -> Kind:
-    return event.agent, event.error_type
-
-
 def row_event(row: Mapping[str, Any], now_s: float) -> BusEvent:
     """A row of `get_errors`. Raises MalformedEvent."""
-    event = parse_event(row, now_s)
+    event = parse_event(row, now_s, ahead_s=math.inf)
     return BusEvent(_integer(row, "seq"), event, event.timestamp, event.timestamp, live=False)
 
 

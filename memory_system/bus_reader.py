@@ -6,7 +6,8 @@
 
 The broadcast is a hint and the history is the truth. A message whose `prev_seq` is above what this reader has seen, a
 heartbeat of the manager with a higher `last_error_seq`, a new connection: each means that something may be missing,
-and the reader asks `get_errors` for it before it goes on. Needs pyzmq and the standard library.
+and the reader asks `get_errors` for it before it goes on. When the history itself is another, because its file was lost
+or an older one put in its place, only what happened since the last event is new. Needs pyzmq and the standard library.
 """
 
 from __future__ import annotations
@@ -21,9 +22,17 @@ from typing import Any, Final
 import zmq
 
 from memory_system.bus_link import Api, Subscription
-from memory_system.bus_progress import VARIOUS, BusEvent, Message, Progress, kind_of, row_event
+from memory_system.bus_progress import VARIOUS_KIND, BusEvent, Had, Message, Progress, row_event
 from memory_system.errors import ClientClosed, InvalidReply, MemorySystemError, Unreachable
-from memory_system.events import ERROR_TOPIC, HEARTBEAT_TOPIC, SEVERITIES, MalformedEvent, at_least, decode_message
+from memory_system.events import (
+    ERROR_TOPIC,
+    HEARTBEAT_TOPIC,
+    SEVERITIES,
+    MalformedEvent,
+    at_least,
+    decode_message,
+    kind_of,
+)
 
 PAGE_ROWS: Final = 500
 MAX_LAST: Final = 1000
@@ -60,6 +69,8 @@ class BusReader:
         self._wants_first_rows = since_s is not None or last > 0
         self._on_state = on_state
         self._progress = Progress()
+        self._had = Had(time.time())
+        self._is_other = False  # whether another history is read than the one before
         self._ready: deque[BusEvent] = deque()
         self._held: Message | None = None  # waits for what comes before it
         self._behind = True
@@ -102,7 +113,9 @@ class BusReader:
                 if now_s >= until_s:
                     return None
                 self._wait(min(until_s, self._next_s()) - now_s)
-        return self._ready.popleft()
+        event = self._ready.popleft()
+        self._had.note(event)
+        return event
 
     def history(self) -> Iterator[BusEvent]:
         """What the history has by now. Raises Unreachable when the manager does not answer."""
@@ -179,7 +192,7 @@ class BusReader:
         if self._first_question and not self._wants_first_rows:
             rows = []
         admitted = (self._progress.admit_row(row) for row in rows)
-        self._ready.extend(row for row in admitted if row is not None)
+        self._ready.extend(row for row in admitted if row is not None and not (self._is_other and row in self._had))
         if isinstance(more, int) and more > self._cursor:
             self._cursor = more
             return
@@ -187,7 +200,10 @@ class BusReader:
         last_seq = reply.get("last_seq")
         if not self._progress.history_read(last_seq if isinstance(last_seq, int) else self._progress.told_seq):
             self._cursor = 0
+            self._first_question, self._wants_first_rows = {"since": self._had.since_s, "limit": PAGE_ROWS}, True
+            self._is_other = True
             return
+        self._is_other = False
         self._behind = False
         if self._held is not None:
             held, self._held = self._held, None
@@ -231,7 +247,7 @@ class BusReader:
             self._fall_behind()
 
     def _admit(self, message: Message) -> None:
-        if kind_of(message.event.event) == (VARIOUS, VARIOUS) and self._filters.keys() & {"agent", "error_type"}:
+        if kind_of(message.event.event) == VARIOUS_KIND and self._filters.keys() & {"agent", "error_type"}:
             self._fall_behind()  # only the history knows which of those that were summed up match
             return
         found = self._progress.admit_message(message)

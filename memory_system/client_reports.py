@@ -68,7 +68,7 @@ def failure_report(reply: Mapping[str, Any], action: str, endpoint: str, held_ba
     if held_back:
         details["held_back"] = held_back
     more = f"; {held_back} more calls since the last such event" if held_back else ""
-    return Report(code, f"{action} ended in {code}{more}", "error", details)
+    return Report(code, f"{action} at {endpoint} ended in {code}{more}", "error", details)
 
 
 def transition_report(transition: Transition, seen: BreakerSnapshot, endpoint: str) -> Report:

@@ -201,6 +201,8 @@ def _echo_id(body: bytes, encoding: Encoding) -> str | None:
 
 
 def _unknown_action(action: str) -> UnknownAction:
+    if action in ("get_health", "get_errors"):
+        return UnknownAction(f"{action} is an action of the health manager, on another port (7121 by default)")
     near = next(iter(difflib.get_close_matches(action[:80], [*protocol.ACTIONS, *protocol.ACTION_ALIASES], n=1)), None)
     hint = f"; did you mean {near}?" if near else "; docs/protocol.md lists them"
     return UnknownAction(f"there is no action {action[:80]!r}{hint}", **({"suggestion": near} if near else {}))

@@ -35,6 +35,8 @@ _PLAIN: Final = {
     list: "a list",
 }
 
+_NO_LIMIT: Final = 2**62
+
 
 @dataclass(frozen=True, slots=True)
 class Span:
@@ -51,6 +53,8 @@ class Span:
         counted = {str: " characters", list: " items", dict: " items"}.get(_base(kind), "")
         if self.high == math.inf:
             return f" of at least {self.low:.12g}{counted}"
+        if self.high >= _NO_LIMIT and not counted:  # the most that can be stored, which nobody asks about
+            return f" from {self.low:.12g}"
         if self.low == -math.inf:
             return f" of at most {self.high:.12g}{counted}"
         return f" {'of' if counted else 'from'} {self.low:.12g} to {self.high:.12g}{counted}"

@@ -11,6 +11,7 @@ from typing import Any, Final
 from memory_system.error_bus import ErrorReporter
 
 LOOK_S: Final = 1.0
+STOPPED: Final = "stopped"
 
 
 class Heartbeat:
@@ -39,11 +40,13 @@ class Heartbeat:
         self._turn(asyncio.get_running_loop())
 
     def close(self) -> None:
-        """Look once more, so that a last change of state is told, and stop. Closing twice is fine."""
+        """Sign off: a last heartbeat with the state `stopped`, so that the silence after it alarms nobody. Closing
+        twice is fine."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-            self._look(time.monotonic())
+            self._state = STOPPED
+            self._send({**self._read(), "state": STOPPED})
 
     def _turn(self, loop: asyncio.AbstractEventLoop) -> None:
         self._timer = loop.call_later(min(LOOK_S, self._interval_s), self._turn, loop)
@@ -55,15 +58,18 @@ class Heartbeat:
         is_due = now_s - self._sent_s >= self._interval_s - 0.05
         if is_due or figures.get("state") != self._state:
             self._sent_s, self._state = now_s, figures.get("state")
-            self._reporter.heartbeat(
-                {
-                    **figures,
-                    "component": self._component,
-                    "timestamp": time.time(),
-                    "pid": os.getpid(),
-                    "interval_s": self._interval_s,
-                }
-            )
+            self._send(figures)
+
+    def _send(self, figures: Mapping[str, Any]) -> None:
+        self._reporter.heartbeat(
+            {
+                **figures,
+                "component": self._component,
+                "timestamp": time.time(),
+                "pid": os.getpid(),
+                "interval_s": self._interval_s,
+            }
+        )
 
     def _read(self) -> Mapping[str, Any]:
         try:

@@ -9,6 +9,7 @@ from memory_system.errors import AccessDenied, ConfigError
 from memory_system.settings import NetworkSettings, SecuritySettings
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+Ip = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 def is_loopback(host: str) -> bool:
@@ -39,14 +40,18 @@ def check_bind(network: NetworkSettings, security: SecuritySettings) -> None:
 
 def policy_for(network: NetworkSettings, security: SecuritySettings) -> PeerPolicy | None:
     """The policy of a socket that listens on `network.bind`; None on loopback, where every peer is of this machine."""
-    return None if is_loopback(network.bind) else PeerPolicy(security)
+    return None if is_loopback(network.bind) else PeerPolicy(security, own=network.bind)
 
 
 class PeerPolicy:
-    """Which addresses may send plaintext requests: loopback, and the networks of `security.insecure_peers`."""
+    """Which addresses may send plaintext requests: this host, and the networks of `security.insecure_peers`.
 
-    def __init__(self, security: SecuritySettings) -> None:
+    `own` is the address that is listened on: programs of this host come from there.
+    """
+
+    def __init__(self, security: SecuritySettings, own: str = "") -> None:
         allowed: Iterable[str] = security.insecure_peers if security.allow_insecure else ()
+        self._own = _plain(own)
         self._networks: tuple[Network, ...] = tuple(ipaddress.ip_network(cidr) for cidr in allowed)
         self._known: dict[str, bool] = {}
 
@@ -61,10 +66,16 @@ class PeerPolicy:
             raise AccessDenied(f"{address} is in none of the networks of security.insecure_peers")
 
     def _allows(self, address: str) -> bool:
-        try:
-            ip = ipaddress.ip_address(address)
-        except ValueError:
+        ip = _plain(address)
+        if ip is None:
             return False
-        if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is not None:
-            ip = ip.ipv4_mapped
-        return ip.is_loopback or any(ip in network for network in self._networks)
+        return ip.is_loopback or ip == self._own or any(ip in network for network in self._networks)
+
+
+def _plain(address: str) -> Ip | None:
+    """The address, of IPv4 also where it came through a socket of IPv6; None for what is no address."""
+    try:
+        ip = ipaddress.ip_address(address.strip("[]"))
+    except ValueError:
+        return None
+    return ip.ipv4_mapped or ip if isinstance(ip, ipaddress.IPv6Address) else ip

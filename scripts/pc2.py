@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+import orphans
 from status_table import ask_manager, rows, shown
 from supervision import (
     POLL_S,
@@ -155,6 +156,7 @@ def start(timeout_s: float) -> int:
             revive(run)
             wait_healthy(run, deployment, deadline, seen_bytes, restarts=True)
         else:
+            stop_orphans(run)
             deployment = first_start(run, deadline)
     if running is not None and os.environ.get(CONFIG_VARIABLE):
         wanted = str(config_file(None, os.environ))
@@ -208,6 +210,7 @@ def run_here() -> int:
         pid = run.supervisor_pid()
         if pid is not None:
             raise Failure(f"already running under supervisord, pid {pid}: stop it first with 'make stop-pc2'")
+        stop_orphans(run)
         deployment, wanted = planned()
         check_ports(wanted)
         environ = environment(run, deployment)
@@ -236,12 +239,22 @@ def wait(timeout_s: float) -> int:
     return 0
 
 
+def stop_orphans(run: RunDir) -> bool:
+    """Stop what a killed supervisord left running; whether there was any."""
+    left = orphans.find(run)
+    if left:
+        names = ", ".join(f"{each.name} (pid {each.pid})" for each in left)
+        print(f"stopping what outlived its supervisord: {names} ...", file=sys.stderr)
+        orphans.end(left)
+    return bool(left)
+
+
 def tell_not_running() -> bool:
     """Say so; and whether a program answers all the same, as one does whose supervisord was killed."""
     left = [(name, address, ask_health(address)) for name, address in planned()[0].addresses.items()]
     for name, address, reply in left:
         if reply is not None:
-            print(f"not under supervisord, but {name} answers at {address.shown}: pid {reply.get('pid', '?')}; kill it")
+            print(f"not under supervisord, but {name} answers at {address.shown}: pid {reply.get('pid', '?')}")
     orphaned = any(reply is not None for _, _, reply in left)
     if not orphaned:
         print("not running")
@@ -253,8 +266,10 @@ def stop() -> int:
     with run.lock():
         pid = run.supervisor_pid()
         if pid is None:
-            return 1 if tell_not_running() else 0
-        shut_down(run, pid)
+            if not stop_orphans(run):
+                return 1 if tell_not_running() else 0
+        else:
+            shut_down(run, pid)
     print("stopped")
     return 0
 

@@ -60,7 +60,7 @@ def told_row(name: str, component: Mapping[str, Any]) -> Row:
         str(component.get("pid") or ""),
         uptime(component.get("uptime_s")),
         clock(component.get("since")),
-        str(component.get("reason") or ""),
+        with_deaths(str(component.get("reason") or ""), component.get("deaths")),
         is_well=state not in NOT_WELL,
     )
 
@@ -69,13 +69,26 @@ def seen_row(name: str, address: Address, info: Mapping[str, Any]) -> Row:
     """A program as its own answer shows it, or else supervisord."""
     reply = ask_health(address)
     if reply is not None and is_healthy(reply, info.get("pid", 0)):
-        parts = ", ".join(f"{part} {state}" for part, state in dict(reply.get("readiness") or {}).items())
         pid, up = str(info["pid"]), uptime(reply.get("uptime_s"))
-        return Row(name, address.shown, reply["state"], pid, up, "", parts, is_well=True)
+        since = clock(info.get("start")) if reply["state"] == "starting" else ""
+        return Row(name, address.shown, reply["state"], pid, up, since, own_words(reply), is_well=True)
     state = str(info.get("statename", "unknown")).lower()
     state = "no answer" if state == "running" else state
     pid = str(info.get("pid") or "")
     return Row(name, address.shown, state, pid, "", "", str(info.get("spawnerr", "")), is_well=False)
+
+
+def own_words(reply: Mapping[str, Any]) -> str:
+    """Why a program is in its state, in the words of the health manager."""
+    if reply["state"] == "healthy":
+        return "it answers"
+    readiness = dict(reply.get("readiness") or {})
+    wrong = ", ".join(f"{part} {state}" for part, state in readiness.items() if state not in ("ready", "off"))
+    return f"it says {reply['state']}{': ' if wrong else ''}{wrong}"
+
+
+def with_deaths(reason: str, deaths: int | None) -> str:
+    return f"{reason} (died {deaths} {'time' if deaths == 1 else 'times'})" if deaths else reason
 
 
 def uptime(seconds: float | None) -> str:

@@ -3,7 +3,8 @@
 
     tail_error_bus.py --severity error --since 2h
 
-Goes on when the health manager restarts, and shows what was missed meanwhile. Addresses come from the configuration
+Goes on when the health manager restarts, and shows what was missed meanwhile. Rows of the history that repeat each
+other are one line, with how many there were from when to when; --json has each. Addresses come from the configuration
 (MEMORY_CONFIG) unless given. Needs pyzmq alone. Exit status: 0 done, 1 the manager cannot be reached (--no-follow),
 2 wrong arguments or configuration, 130 after Ctrl-C.
 """
@@ -18,7 +19,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Final
@@ -30,10 +32,12 @@ import zmq
 from memory_system.bus_progress import BusEvent
 from memory_system.bus_reader import MAX_LAST, BusReader
 from memory_system.errors import ConfigError, MemorySystemError
-from memory_system.events import SEVERITIES
+from memory_system.events import SEVERITIES, kind_of
 
 LAST: Final = 20
 INTERRUPTED: Final = 130
+# For so long a row of the history is held back in case that the next one repeats it.
+HELD_S: Final = 0.2
 _UNITS_S: Final = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 _COLOURS: Final = {"info": "36", "warning": "33", "error": "31", "critical": "1;37;41"}
 
@@ -62,7 +66,8 @@ def run(options: argparse.Namespace) -> int:
             agent=options.agent,
             on_state=say_state if options.follow else lambda reason: None,
         ) as reader:
-            write(iter(reader) if options.follow else reader.history(), show)
+            events = followed(reader) if options.follow else reader.history()
+            write(events if options.json else joined(events), show)
     except ConfigError as error:
         say(error.message)
         return 2
@@ -75,8 +80,46 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def write(events: Iterator[BusEvent], show: Callable[[BusEvent], str]) -> None:
+def followed(reader: BusReader) -> Iterator[BusEvent | None]:
+    """What comes, and None when nothing follows a row of the history soon."""
+    wait_s = None
+    while True:
+        each = reader.read(wait_s)
+        wait_s = HELD_S if each is not None and not each.live else None
+        yield each
+
+
+def joined(events: Iterable[BusEvent | None]) -> Iterator[BusEvent]:
+    """Rows of the history that repeat each other without another between them as one, as the broadcast has them."""
+    held: BusEvent | None = None
     for each in events:
+        if held is not None and each is not None and repeats(held, each):
+            held = both(held, each)
+            continue
+        if held is not None:
+            yield held
+        held = None if each is None or each.live else each
+        if each is not None and each.live:
+            yield each
+    if held is not None:
+        yield held
+
+
+def repeats(first: BusEvent, second: BusEvent) -> bool:
+    kinds = [(kind_of(each.event), each.event.severity) for each in (first, second)]
+    return not second.live and kinds[0] == kinds[1]
+
+
+def both(first: BusEvent, second: BusEvent) -> BusEvent:
+    event = replace(second.event, count=first.event.count + second.event.count, request_id=None)
+    first_at, last_at = min(first.first_at, second.first_at), max(first.last_at, second.last_at)
+    return replace(second, event=event, first_at=first_at, last_at=last_at)
+
+
+def write(events: Iterable[BusEvent | None], show: Callable[[BusEvent], str]) -> None:
+    for each in events:
+        if each is None:
+            continue
         sys.stdout.write(f"{show(each)}\n")
         sys.stdout.flush()
 
@@ -166,6 +209,9 @@ class Line:
         ]
         if event.count > 1:
             parts.append(self._coloured(f"x{event.count}", "1"))
+        if not each.live and each.first_at != each.last_at:
+            first, last = (datetime.fromtimestamp(at).strftime("%H:%M:%S") for at in (each.first_at, each.last_at))
+            parts.append(self._dim(f"{first}..{last}"))
         if event.request_id:
             parts.append(self._dim(f"request_id={printable(event.request_id)}"))
         return "  ".join(part for part in parts if part)

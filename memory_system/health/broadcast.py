@@ -261,7 +261,8 @@ class Broadcaster:
 
 
 def accept_filters(bind: str, security: SecuritySettings) -> list[str]:
-    """The networks whose connections an address that others can reach accepts; empty, for all, on loopback.
+    """The networks whose connections an address that others can reach accepts, this host's own among them; empty, for
+    all, on loopback.
 
     An IPv6 socket sees IPv4 peers at ::ffff:a.b.c.d. libzmq would map the address of 10.0.0.0/8 so but not its
     length, and ::ffff:10.0.0.0/8 is everybody: the mapping is done here.
@@ -269,7 +270,8 @@ def accept_filters(bind: str, security: SecuritySettings) -> list[str]:
     if is_loopback(bind):
         return []
     allowed = security.insecure_peers if security.allow_insecure else ()
-    networks: list[Network] = [*_LOOPBACK, *map(ipaddress.ip_network, allowed)]
+    own = [] if ipaddress.ip_address(bind).is_unspecified else [bind]
+    networks: list[Network] = [*_LOOPBACK, *map(ipaddress.ip_network, (*own, *allowed))]
     if ":" in bind:
         return [str(network) if network.version == 6 else _mapped(network) for network in networks]
     return [str(network) for network in networks if network.version == 4]

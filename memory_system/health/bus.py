@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from memory_system.events import Event, make_event
+from memory_system.errors import InvalidField
+from memory_system.events import MAX_NAME_CHARS, SEVERITIES, Event, make_event, severity_of
 from memory_system.fields import Span
 from memory_system.health.broadcast import MANAGER, Broadcaster
 from memory_system.health.folding import Broadcast, BroadcastFolder
@@ -18,7 +19,7 @@ from memory_system.settings import Settings
 
 log = get_logger("health.bus")
 
-Severity = Literal["info", "warning", "error", "critical"]
+Name = Annotated[str, Span(1, MAX_NAME_CHARS)]
 
 
 class Bus:
@@ -86,18 +87,21 @@ class Bus:
         *,
         since_seq: Annotated[int, Span(0, 2**62)] | None = None,
         since: float | None = None,
-        agent: str | None = None,
-        severity: Severity | None = None,
-        error_type: str | None = None,
+        agent: Name | None = None,
+        severity: Name | None = None,
+        error_type: Name | None = None,
         limit: Annotated[int, Span(1, 1000)] = 100,
         newest: bool = False,
     ) -> dict[str, Any]:
         """The action get_errors: events of the history, oldest first; `newest` picks the last ones."""
+        least = None if severity is None else severity_of(severity)
+        if severity is not None and least is None:
+            raise InvalidField("severity", f"severity: expected one of {', '.join(SEVERITIES)}")
         found = await self.history.get_errors(
             since_seq=since_seq,
             since=since,
             agent=agent,
-            severity=severity,
+            severity=least,
             error_type=error_type,
             limit=limit,
             newest=newest,

@@ -13,15 +13,14 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-from memory_system.events import SEVERITIES, Event
+from memory_system.events import SEVERITIES, Event, Kind, kind_of
 
 VARIOUS: Final = "(various)"
 MAX_KEYS: Final = 10_000
 MAX_KINDS: Final = 1_000
 ROW_KEYS: Final = 100
 
-Kind = tuple[str, str]  # agent, error_type
-RowKey = tuple[str, str, str]  # agent, error_type, severity
+RowKey = tuple[str, str, str, str]  # agent, error_type, what it is about, severity
 
 _RANKS: Final = {severity: rank for rank, severity in enumerate(SEVERITIES)}
 
@@ -95,7 +94,7 @@ class _Fold:
 class BroadcastFolder:
     """Turns committed events into messages.
 
-    The first event of an (agent, error_type) goes out at once; repeats within `fold_s` are summed up in one message
+    The first event of a kind (`events.kind_of`) goes out at once; repeats within `fold_s` are summed up in one message
     at its end, except one more severe than what was told, which goes out at once. Of one second at most
     `broadcasts_per_s` messages go out; whatever is beyond is summed up in one message under "(various)" when the
     next second begins. One agent's storm does not hide the others: sums of repeats take half of the messages at most,
@@ -138,7 +137,7 @@ class BroadcastFolder:
         """What goes out when this event has been committed as row `seq`."""
         out = self.due(now_s)
         self._seq = max(self._seq, seq)
-        kind = (event.agent, event.error_type)
+        kind = kind_of(event)
         fold = self._folds.get(kind)
         if fold is None:
             self._first(kind, seq, event, now_s, out)
@@ -257,7 +256,7 @@ class BroadcastFolder:
 @dataclass(slots=True)
 class RowBudget:
     """Which events of one second have a row of their own: the first `rows_per_s`. The rest is counted in shared rows,
-    one for each (agent, error_type, severity), or under "(various)" beyond ROW_KEYS of these.
+    one for each kind and severity, or under "(various)" beyond ROW_KEYS of these.
 
     One agent's storm does not hide the others: an agent with less than a fiftieth of the rows has up to a tenth more,
     together with others like it. `rows`: the shared rows of this second, by key, which the caller fills in.
@@ -281,10 +280,10 @@ class RowBudget:
         """None for a row of its own, else the key of the shared row."""
         if self._take(event.agent):
             return None
-        key = (event.agent, event.error_type, event.severity)
+        key = (*kind_of(event), event.severity)
         if key not in self.keys:
             if len(self.keys) >= ROW_KEYS:
-                return (VARIOUS, VARIOUS, event.severity)
+                return (VARIOUS, VARIOUS, "", event.severity)
             self.keys.add(key)
         return key
 

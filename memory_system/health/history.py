@@ -78,7 +78,7 @@ class History:
         self._waiting = 0
         self._closed = False
         self._used_at_s: float | None = None  # until the log has been moved into the database
-        self._retain_at_s = 0.0
+        self._retain_at_s = self._looked_s = 0.0
         self._thread = threading.Thread(target=self._run, name="history", daemon=True)
 
     def __repr__(self) -> str:
@@ -99,7 +99,7 @@ class History:
 
     @property
     def failing(self) -> str | None:
-        """Why the last use of the file failed, None when it did not."""
+        """Why the last use of the file failed; None when it did not, or something was written since."""
         return self._file.failing
 
     def figures(self) -> dict[str, int]:
@@ -171,7 +171,7 @@ class History:
 
     async def set_meta(self, key: str, value: str) -> None:
         """Keep a value for the next start. Raises HistoryFailed."""
-        await self._ask(lambda store: store.set_meta(key, value))
+        await self._ask(lambda store: self._put(store, key, value))
 
     async def get_meta(self, key: str) -> str | None:
         """What `set_meta` kept last. Raises HistoryFailed."""
@@ -233,6 +233,10 @@ class History:
         else:
             self._tell(lambda: _settle(question.future, result, None))
 
+    def _put(self, store: Store, key: str, value: str) -> None:
+        store.set_meta(key, value)
+        self._file.wrote([])  # without this, a system that has nothing to report would stay degraded
+
     def _commit(self, group: list[_Submission]) -> None:
         owed = self._file.owed
         batches = [(each.events, each.may_return) for each in group]
@@ -253,6 +257,11 @@ class History:
         if store is None:
             return
         try:
+            if now_s >= self._looked_s + _LOOK_S:
+                self._looked_s = now_s
+                self._file.look()
+                if self._file.store is None:
+                    return
             if now_s >= self._retain_at_s:
                 self._retain_at_s = now_s + (0.0 if store.retain(self._clock()) else _RETAIN_S)
                 self._file.measure()

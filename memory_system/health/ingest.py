@@ -12,7 +12,7 @@ from typing import Any, Final
 import zmq
 
 from memory_system.errors import AccessDenied
-from memory_system.events import Event, MalformedEvent, make_event
+from memory_system.events import MALFORMED, Event, MalformedEvent, make_event
 from memory_system.health import reports
 from memory_system.health.folding import BroadcastFolder
 from memory_system.health.history import History
@@ -22,7 +22,7 @@ from memory_system.health.records import Committed
 from memory_system.log import get_logger
 from memory_system.program import listen_address
 from memory_system.router import Route, Router
-from memory_system.security import PeerPolicy, is_loopback
+from memory_system.security import policy_for
 from memory_system.settings import Settings
 
 log = get_logger("health.ingest")
@@ -52,7 +52,7 @@ class Ingest:
         bind, health = settings.network.bind, settings.health
         self._history = history
         self._on_heartbeat = on_heartbeat
-        policy = None if is_loopback(bind) else PeerPolicy(settings.security)
+        policy = policy_for(settings.network, settings.security)
         self._router = Router(
             listen_address(bind, health.report_port),
             network=settings.network,
@@ -128,7 +128,7 @@ class Ingest:
             report = reports.read_report(body, time.time())
         except MalformedEvent as error:
             self._malformed(error, address, len(body))
-            self._router.send(route, reports.refusal(body, error.reason))
+            self._router.send(route, reports.refusal(body, error.reason, getattr(error, "batch", None)))
             return
         if isinstance(report, reports.Heartbeat):
             self._counts["heartbeats"] += 1
@@ -208,7 +208,7 @@ class Ingest:
     def _malformed(self, error: MalformedEvent, address: str, size: int | None) -> None:
         self._counts["malformed"] += 1
         details = {"peer": address or "loopback"} | ({} if size is None else {"size": size})
-        self._complain_of("malformed_event", error.reason, error.agent or UNKNOWN_AGENT, details)
+        self._complain_of(MALFORMED, error.reason, error.agent or UNKNOWN_AGENT, details)
 
     def _complain_of(self, error_type: str, message: str, agent: str, details: dict[str, Any]) -> None:
         event = make_event(agent, error_type, message, "warning", details=details)

@@ -11,7 +11,7 @@ from memory_system.health_settings import HealthSettings
 # What supervisor will not start again by itself, and what that is called here. An exit is no such word: what comes
 # back at once goes through it too.
 GIVEN_UP: Final = {"FATAL": "given_up", "STOPPED": "stopped", "UNKNOWN": "unknown"}
-STOPPING: Final = frozenset({"stopping", "draining"})
+STOPPING: Final = frozenset({"stopping", "draining", "stopped"})
 _ALIVE: Final = frozenset({"STARTING", "RUNNING", "STOPPING"})
 _USABLE: Final = frozenset({"ready", "off"})
 _MIB: Final = 1024 * 1024
@@ -43,15 +43,24 @@ class Process:
 
     @property
     def end(self) -> str:
-        """How it ended, as far as supervisor tells."""
+        """How it ended, as far as supervisor knows: a few words that follow `ended`, or none."""
+        # Of one that ended soon after its start, and of one that was started again, supervisor keeps no status.
+        known = self.statename == "EXITED" or (self.statename == "FATAL" and self.exitstatus)
+        if not known or self.alive:
+            return ""
+        return " by a signal" if self.exitstatus < 0 else f" with exit status {self.exitstatus}"
+
+    def ended(self, pid: int) -> str:
+        """That it ended, for a person; `pid` is 0 where no process of it was seen."""
+        return f"its process (pid {pid}) ended{self.end}" if pid else f"its process ended{self.end}"
+
+    def given_up(self, last_end: str) -> str:
+        """Why supervisor does not start it again; `last_end` is what was told of its last process."""
         if self.statename == "STOPPED":
             return "stopped through supervisor"
         if self.statename == "UNKNOWN":
             return "supervisor does not know it"
-        status = "ended by a signal" if self.exitstatus < 0 else f"exited with status {self.exitstatus}"
-        if self.statename == "FATAL":
-            return f"supervisor has given up on it: {self.spawnerr or status}"
-        return status
+        return f"supervisor has given up on it: {self.spawnerr or last_end or self.ended(0)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +97,9 @@ class Life:
     def take(self, sign: Sign, now_s: float) -> None:
         self.pid = sign.pid or self.pid
         self.sign_s = now_s
+        # Who signed off may sign on again, in the same process.
+        self.stopping = (self.stopping and self.said != "stopped") or sign.state in STOPPING
         self.said = sign.state
-        self.stopping = self.stopping or sign.state in STOPPING
         if not sign.is_heartbeat:
             self.answered = True
             self.waiting_s = None

@@ -17,9 +17,9 @@ from memory_system.settings import NetworkSettings
 Message = tuple[list[bytes], str]  # frames, address of the sender where there is a policy
 
 # A PUB drops what does not fit at once, so what a storm needs has to be kept on this side.
-QUEUED: Final = 100_000
+QUEUED: Final = 10_000
 # Larger frames cut the connection; those between get an event about their sender.
-MAX_FRAME_BYTES: Final = 4 * MAX_EVENT_BYTES
+MAX_FRAME_BYTES: Final = 2 * MAX_EVENT_BYTES
 BATCH: Final = 200
 LOOK_S: Final = 1.0
 

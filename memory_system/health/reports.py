@@ -32,6 +32,7 @@ MAX_BATCH_EVENTS: Final = 2_000
 MAX_CONTAINERS: Final = 50_000
 
 _TOPIC: Final = ERROR_TOPIC.encode()
+_WHO_AND_HOW: Final = ("pid", "state", "interval_s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,20 +53,24 @@ class Heartbeat:
     fields: Mapping[str, Any]
 
 
+class NoReport(MalformedEvent):
+    """What arrived is no report; `batch` is its number, where it has one."""
+
+    def __init__(self, reason: str, agent: str | None = None, batch: int | None = None) -> None:
+        super().__init__(reason, agent)
+        self.batch = batch
+
+
 def read_report(body: bytes, now_s: float) -> Batch | Heartbeat:
     """Decode what came on the reporters' port. Raises MalformedEvent when it is neither of the two."""
     message = _decode(body)
-    agent = message.get("component")
-    agent = agent[:MAX_NAME_CHARS] if isinstance(agent, str) else None
-    if message.get("v") != VERSION:
-        raise MalformedEvent("the report is of an unknown version", agent)
-    if message.get("kind") == "heartbeat":
+    if message.get("v") == VERSION and message.get("kind") == "heartbeat":
         return _heartbeat(message, now_s)
     number, events = _number(message.get("batch")), message.get("events")
-    if message.get("kind") != "events" or number is None or not isinstance(events, list):
-        raise MalformedEvent("the report is neither a batch of events nor a heartbeat", agent)
-    if len(events) > MAX_BATCH_EVENTS:
-        raise MalformedEvent(f"the batch has more than {MAX_BATCH_EVENTS} events", agent)
+    flaw = _flaw(message)
+    if flaw is not None or number is None or not isinstance(events, list):
+        agent = message.get("component")
+        raise NoReport(flaw or "", agent[:MAX_NAME_CHARS] if isinstance(agent, str) else None, number)
     batch = Batch(number, [], [], protocol.is_json(body))
     for each in events:
         try:
@@ -73,6 +78,22 @@ def read_report(body: bytes, now_s: float) -> Batch | Heartbeat:
         except MalformedEvent as error:
             batch.malformed.append(error)
     return batch
+
+
+def _flaw(message: Mapping[Any, Any]) -> str | None:
+    """What keeps a map from being a batch of events; None when nothing does."""
+    kind, events = message.get("kind"), message.get("events")
+    if "v" not in message:
+        return f"v is missing; the version is {VERSION}"
+    if message["v"] != VERSION:
+        return f"v names an unknown version; known is {VERSION}"
+    if kind != "events":
+        return f"kind is {'missing' if kind is None else 'unknown'}; known are events and heartbeat"
+    if _number(message.get("batch")) is None:
+        return f"batch is {'no integer from 0' if 'batch' in message else 'missing: a number of the sender'}"
+    if not isinstance(events, list):
+        return f"events is {'no list' if 'events' in message else 'missing'}"
+    return f"the batch has more than {MAX_BATCH_EVENTS} events" if len(events) > MAX_BATCH_EVENTS else None
 
 
 def read_mesh(frames: list[bytes], now_s: float) -> Event:
@@ -116,9 +137,10 @@ def try_again(batch: Batch, retry_after_ms: int, message: str) -> bytes:
     return _encode({"v": VERSION, "kind": "retry", **fields}, batch.as_json)
 
 
-def refusal(body: bytes, message: str) -> bytes:
-    """What came is no report; sending it again does not help."""
-    return _encode({"v": VERSION, "kind": "refused", "message": message}, protocol.is_json(body))
+def refusal(body: bytes, message: str, batch: int | None = None) -> bytes:
+    """What came is no report; sending it again does not help. `batch`: its number, where it has one."""
+    known = {} if batch is None else {"batch": batch}
+    return _encode({"v": VERSION, "kind": "refused", **known, "message": message}, protocol.is_json(body))
 
 
 def _decode(body: bytes) -> dict[Any, Any]:
@@ -160,7 +182,9 @@ def _heartbeat(message: Mapping[Any, Any], now_s: float) -> Heartbeat:
     if not isinstance(component, str) or not 0 < len(component) <= MAX_NAME_CHARS:
         raise MalformedEvent("the heartbeat has no component")
     try:
-        rest = bounded_details({str(name): each for name, each in message.items() if name not in ("v", "kind")})
+        said = {str(name): each for name, each in message.items() if name not in ("v", "kind")}
+        # Too many figures must not hide which process it is, and how it says it is.
+        rest = bounded_details(said) | bounded_details({name: said[name] for name in _WHO_AND_HOW if name in said})
     except Exception as error:  # noqa: BLE001  as in read_event
         raise MalformedEvent(f"the heartbeat cannot be read: {type(error).__name__}", component) from None
     is_time = isinstance(timestamp, int | float) and math.isfinite(timestamp) and 0 <= timestamp < 1e11

@@ -15,7 +15,8 @@
 Healthy turns to degraded, and degraded to healthy, when the condition held for steady_s; every other change is made
 at once. Each death is announced as down (or flapping), also when the next process runs before anybody looked. A late
 answer is an answer: what is slow is never down. Stops that were asked for are announced, but do not count as deaths
-for flapping. Who only sends heartbeats is down after three of them are missing, and forgotten after 24 hours.
+for flapping. Who only sends heartbeats is down after three of them are missing, and forgotten after 24 hours; one that
+says that it stops is `down` because of it then, or when it says that it stopped, and forgotten after flap_quiet_s.
 
 Silence counts only while somebody listens: if the observer itself was held up, that time is taken off.
 """
@@ -23,15 +24,15 @@ Silence counts only while somebody listens: if the observer itself was held up, 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from memory_system.health.life import GIVEN_UP, Life, Process, Sign, Verdict
+from memory_system.health.memory import FORGET_S
 from memory_system.health_settings import HealthSettings
 
 MISSED_HEARTBEATS: Final = 3
-FORGET_S: Final = 24 * 3600.0
 # An observer that looks less often than this was held up itself.
 BLIND_S: Final = 2.0
 # Of hang_s: the time that a program has for an answer, however long before it was asked it gave its last sign.
@@ -62,7 +63,7 @@ class Component:
         self.deaths = 0
         self.state = State("starting", "starting", "waiting for its first sign of life", now_s)
         self._rules = rules
-        self._heartbeat_s = heartbeat_s
+        self.heartbeat_s = heartbeat_s
         self._life = Life(now_s)
         self._now_s = self._announced_s = now_s
         self._soft_since_s: float | None = None
@@ -104,7 +105,7 @@ class Component:
         ended_unseen = process.statename in _ENDED and process.start != self._ended_start
         self._ended_start = process.start
         if self.pid or ended_unseen:
-            return self._die(process.end, asked_for, now_s)
+            return self._die(process.ended(self.pid), asked_for, now_s)
         return self._settle(now_s)
 
     def _lives(self, process: Process, asked_for: bool, now_s: float) -> list[State]:
@@ -128,7 +129,7 @@ class Component:
                 self._former_pids.append(self.pid)
             else:
                 changes = self._die(f"its process (pid {self.pid}) ended", self._life.stopping, now_s)
-        if sign.is_heartbeat and self._heartbeat_s is None:
+        if sign.is_heartbeat and self.heartbeat_s is None:
             sign = replace(sign, figures={})  # its answers say more
         self._life.take(sign, now_s)
         return changes + self._settle(now_s)
@@ -171,7 +172,23 @@ class Component:
         return self._life.silence_s(now_s)
 
     def is_forgotten(self, now_s: float) -> bool:
-        return self._heartbeat_s is not None and self.silence_s(now_s) >= FORGET_S
+        kept_s = self._rules.flap_quiet_s if self.state.cause == "stopped" else FORGET_S
+        return self.heartbeat_s is not None and self.silence_s(now_s) >= kept_s
+
+    def recent_deaths_s(self) -> tuple[float, ...]:
+        """When it died, as far as that still counts for flapping."""
+        return tuple(self._recent_deaths)
+
+    def recall(self, state: str, deaths_s: Sequence[float], now_s: float) -> None:
+        """Go on from what the manager before this one knew: whether it was down or flapping, and its last deaths."""
+        self._recent_deaths.extend(deaths_s)
+        self.deaths, self._flapping = len(deaths_s), state == "flapping" and bool(deaths_s)
+        self._last_end = "before the health manager started" if deaths_s else ""
+        verdict = self._flaps(now_s)
+        if state == "down" and self.heartbeat_s is not None:
+            verdict = Verdict("down", "silent", "no heartbeat since before the health manager started")
+        if verdict is not None:
+            self.state = State(verdict.state, verdict.cause, verdict.reason, now_s)
 
     # -- deaths -----------------------------------------------------------------------------------------------
 
@@ -186,7 +203,7 @@ class Component:
         if self.process is not None and not self.process.alive:
             verdict = self._judge(now_s)
         else:
-            verdict = self._flaps(now_s) or Verdict("down", "died", reason)
+            verdict = self._flaps(now_s) or Verdict("down", "stopped" if asked_for else "died", reason)
         return [self._announce(verdict, now_s, now_s)]
 
     def _count_death(self, now_s: float) -> None:
@@ -243,13 +260,13 @@ class Component:
         """What the table says of this moment, without the hysteresis."""
         process = self.process
         if process is not None and process.statename in GIVEN_UP:
-            return Verdict("down", GIVEN_UP[process.statename], process.end)
+            return Verdict("down", GIVEN_UP[process.statename], process.given_up(self._last_end))
         flapping = self._flaps(now_s)
         if flapping is not None:
             return flapping
         if process is not None and not process.alive:
-            return Verdict("down", "died", process.end)
-        silent = self._judge_silence(now_s) if self._heartbeat_s is None else self._judge_missed(now_s)
+            return Verdict("down", "died", self._last_end or process.ended(0))
+        silent = self._judge_silence(now_s) if self.heartbeat_s is None else self._judge_missed(now_s)
         return silent or self._life.judge(self._rules, now_s)
 
     def _judge_silence(self, now_s: float) -> Verdict | None:
@@ -262,7 +279,7 @@ class Component:
         starts = life.sign_s is None and self.process is not None
         limit_s = max(rules.hang_s, rules.start_s - life.age_s) if starts else rules.hang_s
         if silence_s >= limit_s and life.unanswered_s(now_s) >= _ANSWER_SHARE * rules.hang_s:
-            return Verdict("down", "hang", f"no sign of life for {silence_s:.0f} s")
+            return Verdict("down", "hang", f"no sign of life for {silence_s:.0f} s{_by_hand(rules, self.process)}")
         if life.sign_s is None:
             return Verdict("starting", "starting", "waiting for its first sign of life")
         return None
@@ -270,8 +287,21 @@ class Component:
     def _judge_missed(self, now_s: float) -> Verdict | None:
         """Of a component that only sends heartbeats."""
         silence_s, stopping = self.silence_s(now_s), self._life.stopping
-        if self._heartbeat_s is None or silence_s < MISSED_HEARTBEATS * self._heartbeat_s:
+        if self._life.said == "stopped":
+            return Verdict("down", "stopped", "it said that it stopped")
+        if self._life.sign_s is None and self.heartbeat_s is not None:  # known from the manager before this one
+            if self.state.state == "down" or silence_s >= MISSED_HEARTBEATS * self.heartbeat_s:
+                return Verdict("down", "silent", "no heartbeat since before the health manager started")
+            return Verdict("starting", "starting", "waiting for its first sign of life")
+        if self.heartbeat_s is None or silence_s < MISSED_HEARTBEATS * self.heartbeat_s:
             return Verdict("degraded", "stopping", "it is stopping") if stopping else None
         if stopping:
             return Verdict("down", "stopped", "it said that it was stopping, and nothing since")
         return Verdict("down", "silent", f"no heartbeat for {silence_s:.0f} s")
+
+
+def _by_hand(rules: HealthSettings, process: Process | None) -> str:
+    """What a person has to know of a hang that nothing here ends."""
+    if not rules.heal:
+        return "; healing is off (health.heal): restart it by hand"
+    return "" if process is not None else "; no supervisor runs it: restart it by hand"

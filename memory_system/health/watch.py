@@ -24,9 +24,10 @@ from memory_system.events import MAX_NAME_CHARS
 from memory_system.health.asker import Asker
 from memory_system.health.healer import Healer
 from memory_system.health.life import Process, Sign
+from memory_system.health.memory import Memory
 from memory_system.health.states import Component, State
 from memory_system.health.supervisor import Supervisor, SupervisorUnavailable
-from memory_system.health.watched import Watched, figures_of, interval_of, is_here, is_pid
+from memory_system.health.watched import Watched, interval_of, is_here, is_pid, sign_of
 from memory_system.health_settings import HealthSettings
 from memory_system.log import get_logger
 
@@ -46,6 +47,7 @@ class Report(Protocol):
 
 class Watch:
     """`on_change(component, state, entry)` hears of every change, oldest first; `entry` is its part of the picture.
+    `on_forget(component)` hears of one that has been silent for so long that it is no component any more.
 
     `own` is this program's name and a function that returns what its health_check would: it does not ask itself.
     Everything happens on the loop that `start` is called on.
@@ -60,6 +62,7 @@ class Watch:
         own: tuple[str, Callable[[], Mapping[str, Any]]],
         on_change: Callable[[str, State, dict[str, Any]], None],
         report: Report,
+        on_forget: Callable[[str], None] = lambda name: None,
     ) -> None:
         self._rules = rules
         self._addresses = dict(addresses)
@@ -68,6 +71,7 @@ class Watch:
         self._programs = tuple(dict.fromkeys((*self._addresses, self._own)))
         self._on_change = on_change
         self._report = report
+        self._on_forget = on_forget
         self._healer = Healer(rules)
         self._watched: dict[str, Watched] = {}
         self._context: zmq.Context[Any] = zmq.Context()
@@ -81,14 +85,18 @@ class Watch:
     def __repr__(self) -> str:
         return f"<Watch {', '.join(f'{name} {each.component.state.state}' for name, each in self._watched.items())}>"
 
-    def start(self) -> None:
-        """Begin, on the running loop: every program is announced as starting, and asked."""
+    def start(self, memories: Mapping[str, Memory] | None = None) -> None:
+        """Begin, on the running loop: every program is announced as starting, and asked. `memories`: of the manager
+        before this one."""
         self._loop = asyncio.get_running_loop()
-        now_s = time.monotonic()
+        now_s, known = time.monotonic(), memories or {}
         for name in self._programs:
-            self._add(name, now_s)
+            self._add(name, Watched.begun(self._rules, now_s, known.get(name)))
         if self._supervisor is not None:
-            self._add(SUPERVISOR, now_s)
+            self._add(SUPERVISOR, Watched.begun(self._rules, now_s))
+        for name, each in known.items():
+            if each.heartbeat_s is not None and name not in self._watched and name != SUPERVISOR:
+                self._add(name, Watched.begun(self._rules, now_s, each, each.heartbeat_s, each.address))
         self._supervised_s = now_s
         self._tick()
 
@@ -114,6 +122,10 @@ class Watch:
             for name, each in list(self._watched.items())  # a scrape asks in a thread of its own
         ]
 
+    def memories(self) -> dict[str, Memory]:
+        """What the manager after this one has to know."""
+        return {name: each.memory() for name, each in self._watched.items()}
+
     def heartbeat(self, fields: Mapping[str, Any], peer: str) -> bool:
         """Take a heartbeat as it came, from this IP address ("" where only this host can send); False: refused."""
         name, now_s = fields.get("component"), time.monotonic()
@@ -121,16 +133,10 @@ class Watch:
             self.refused_heartbeats += 1
             return False
         if name not in self._watched:
-            self._add(name, now_s, heartbeat_s=interval_of(fields, self._rules.heartbeat_s), peer=peer or None)
+            interval_s = interval_of(fields, self._rules.heartbeat_s)
+            self._add(name, Watched.begun(self._rules, now_s, None, interval_s, peer or None))
         watched = self._watched[name]
-        state, pid = fields.get("state"), fields.get("pid")
-        sign = Sign(
-            state=state[:MAX_NAME_CHARS] if isinstance(state, str) else "healthy",
-            pid=pid if is_pid(pid) else None,
-            is_heartbeat=True,
-            figures=figures_of(fields),
-        )
-        self._take(name, watched, sign, now_s)
+        self._take(name, watched, sign_of(fields), now_s)
         return True
 
     def _may_beat(self, name: str, fields: Mapping[str, Any], peer: str) -> bool:
@@ -156,6 +162,7 @@ class Watch:
             self._heal(name, watched.component, now_s)
             if watched.component.is_forgotten(now_s):
                 del self._watched[name]
+                self._on_forget(name)
         if self._supervisor is not None and not self._looking and now_s - self._looked_s >= self._rules.supervisor_s:
             self._looking, self._looked_s = True, now_s
             self._spawn(self._look(self._supervisor))
@@ -249,8 +256,7 @@ class Watch:
 
     # -- the list ---------------------------------------------------------------------------------------------
 
-    def _add(self, name: str, now_s: float, *, heartbeat_s: float | None = None, peer: str | None = None) -> None:
-        watched = Watched(Component(self._rules, now_s, heartbeat_s=heartbeat_s), address=peer)
+    def _add(self, name: str, watched: Watched) -> None:
         self._watched[name] = watched
         address = self._addresses.get(name)
         if address is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -10,7 +11,10 @@ from typing import Any, Final
 from memory_system.deployment import Address
 from memory_system.events import MAX_NAME_CHARS
 from memory_system.health.asker import Asker
+from memory_system.health.life import Sign
+from memory_system.health.memory import Memory
 from memory_system.health.states import Component, State
+from memory_system.health_settings import HealthSettings
 
 _MAX_FIGURES: Final = 64
 _MIN_INTERVAL_S: Final = 0.1
@@ -31,6 +35,21 @@ class Watched:
     since_at: float = 0.0
     last_reply_at: float | None = None
     last_heartbeat_at: float | None = None
+
+    @classmethod
+    def begun(
+        cls,
+        rules: HealthSettings,
+        now_s: float,
+        memory: Memory | None = None,
+        heartbeat_s: float | None = None,
+        address: str | None = None,
+    ) -> Watched:
+        """A component as it is first known; `memory`: what the manager before this one kept of it."""
+        made = cls(Component(rules, now_s, heartbeat_s=heartbeat_s), address)
+        if memory is not None:
+            made._recall(memory, now_s)
+        return made
 
     def entry(
         self, name: str, kills: int, left_alone: bool, now_at: float, state: State | None = None
@@ -57,12 +76,41 @@ class Watched:
             "readiness": component.figures.get("readiness"),
         }
 
+    def memory(self) -> Memory:
+        """What is to be kept of it over a restart of the manager."""
+        component, now_s, now_at = self.component, time.monotonic(), time.time()
+        return Memory(
+            state=component.state.state,
+            cause=component.state.cause,
+            deaths_at=tuple(now_at - (now_s - each_s) for each_s in component.recent_deaths_s()),
+            # One that signed off is not waited for.
+            heartbeat_s=None if component.state.cause == "stopped" else component.heartbeat_s,
+            last_heartbeat_at=self.last_heartbeat_at,
+            address=self.address,
+        )
+
+    def _recall(self, memory: Memory, now_s: float) -> None:
+        now_at = time.time()
+        self.last_heartbeat_at = memory.last_heartbeat_at
+        self.component.recall(memory.state, [now_s - (now_at - each_at) for each_at in memory.deaths_at], now_s)
+
     def _uptime_s(self, now_at: float) -> float | None:
         process = self.component.process
         if process is not None:
             return max(0.0, now_at - process.start) if process.alive else None
         uptime_s = self.component.figures.get("uptime_s")
         return float(uptime_s) if isinstance(uptime_s, (int, float)) else None
+
+
+def sign_of(fields: Mapping[str, Any]) -> Sign:
+    """What a heartbeat says."""
+    state, pid = fields.get("state"), fields.get("pid")
+    return Sign(
+        state=state[:MAX_NAME_CHARS] if isinstance(state, str) else "healthy",
+        pid=pid if is_pid(pid) else None,
+        is_heartbeat=True,
+        figures=figures_of(fields),
+    )
 
 
 def is_pid(value: object) -> bool:

@@ -87,10 +87,14 @@ def test_events_in_the_manner_of_the_mesh_arrive(mesh: Mesh, event: dict[str, An
 # What is wrong with the events of a sender whose name can be read.
 WRONG = {
     "silent": b"",
-    "severe": b', "message": "m", "severity": 7',
-    "timeless": b', "message": "m", "timestamp": "soon"',
-    "eternal": b', "message": "m", "timestamp": 1e999',
-    "aeonic": b', "message": "m", "timestamp": ' + b"9" * 400,
+    "wordless": b', "message": ["m"]',
+}
+# What is unusable beside what was said: (the field, what stands in it).
+UNUSABLE = {
+    "severe": (b'"severity": 7', "severity_sent"),
+    "timeless": (b'"timestamp": "soon"', "timestamp_sent"),
+    "eternal": (b'"timestamp": 1e999', "timestamp_sent"),
+    "aeonic": (b'"timestamp": ' + b"9" * 400, "timestamp_sent"),
 }
 # Nobody can tell whose these are.
 UNREADABLE = [
@@ -119,6 +123,19 @@ def test_a_malformed_event_of_a_publisher_is_an_event_about_its_sender(mesh: Mes
     assert row["details"]["peer"], "where it came from"
     assert row["details"]["size"] == len(frame)
     assert len(json.dumps(row)) < 1000, "an event about an event does not quote it"
+
+
+@pytest.mark.parametrize("agent", UNUSABLE)
+def test_an_unusable_severity_or_time_does_not_lose_the_event(mesh: Mesh, agent: str) -> None:
+    publisher, since_seq = connected_publisher(mesh), mesh.last_seq()
+    field, sent = UNUSABLE[agent]
+    publisher.send(b'ERROR:{"message": "m", "agent": "' + agent.encode() + b'", ' + field + b"}")
+    wait_until(lambda: bool(mesh.history(since_seq, agent=agent)), "the event")
+    (row,) = mesh.history(since_seq, agent=agent)
+    assert (row["error_type"], row["message"], row["severity"]) == ("unknown", "m", "error")
+    assert abs(row["timestamp"] - row["received_at"]) < 60.0
+    assert len(str(row["details"][sent])) <= 64
+    assert not malformed(mesh, since_seq, agent=agent)
 
 
 def test_events_that_cannot_be_read_are_counted(mesh: Mesh) -> None:
@@ -162,7 +179,7 @@ def test_a_bad_event_of_a_reporter_does_not_hold_up_the_good_ones(mesh: Mesh) ->
         [],
         {},
         {"agent": "mixed"},
-        {"agent": "mixed", "message": "m", "severity": "odd"},
+        {"agent": "mixed", "message": {}},
         "x" * 70_000,
     ]
     dealer.send_multipart([b"", batch(good, *bad)])

@@ -22,6 +22,7 @@ from tests.support.process import PROJECT, wait_until
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
 
 ERRORS = 100_000
+MESSAGES_PER_S = 200  # error_bus.broadcasts_per_s
 HEARTBEAT_S = 1.0
 
 # Each runs in a process of its own, as an agent does, and says on stdout what became of its events.
@@ -105,6 +106,10 @@ class Watch:
             pause_s = max(after - before for before, after in itertools.pairwise(during))
             assert pause_s < 3.0 * HEARTBEAT_S, f"no heartbeat of {program} for {pause_s:.1f} s"
 
+    def most_messages(self) -> float:
+        """What error_bus.broadcasts_per_s lets through, a quarter more of it for agents that said little."""
+        return (self.ended_s - self.began_s + 3.0) * 1.25 * MESSAGES_PER_S
+
 
 @pytest.mark.parametrize("kinds", [1, 5000])
 def test_a_storm_with_acknowledgement_is_counted_to_the_last_one(mesh: Mesh, kinds: int) -> None:
@@ -123,7 +128,7 @@ def test_a_storm_with_acknowledgement_is_counted_to_the_last_one(mesh: Mesh, kin
     watch.check()
     assert total(mesh, agent) + total(mesh, VARIOUS) - various == ERRORS
     assert len(rows) < ERRORS / 2
-    assert len(messages) < ERRORS / 20
+    assert len(messages) < watch.most_messages()
     assert mesh.pid("health_manager") == pid
     mesh.wait_state("health_manager", "healthy")
 
@@ -142,7 +147,7 @@ def test_a_storm_of_a_publisher_leaves_the_bus_usable(mesh: Mesh) -> None:
     tell(f"{arrived} of {ERRORS} of a publisher arrived, {len(messages)} messages")
     watch.check()
     assert 1000 <= arrived <= ERRORS
-    assert len(messages) < ERRORS / 20
+    assert len(messages) < watch.most_messages()
     assert mesh.pid("health_manager") == pid
 
 

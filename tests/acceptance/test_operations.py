@@ -150,6 +150,23 @@ def test_start_is_repeatable_heals_and_stops(host: Host) -> None:
     assert host.pc2("stop").stdout == "not running\n"
 
 
+def test_what_outlives_its_supervisord_is_stopped(host: Host) -> None:
+    assert host.pc2("start").returncode == 0
+    supervisord = int((host.run_dir / "supervisord.pid").read_text())
+    pids = [int(host.row(name)["PID"]) for name in ("orchestrator", "health_manager")]
+    os.kill(supervisord, signal.SIGKILL)
+
+    again = host.pc2("start")
+    assert again.returncode == 0, again.stderr
+    assert all(f"(pid {pid})" in again.stderr.splitlines()[0] for pid in pids), again.stderr
+    assert int(host.row()["PID"]) not in pids
+
+    os.kill(int((host.run_dir / "supervisord.pid").read_text()), signal.SIGKILL)
+    stopped = host.pc2("stop")
+    assert (stopped.returncode, stopped.stdout) == (0, "stopped\n")
+    assert_nothing_runs(host)
+
+
 def test_the_health_manager_starts_first_ends_last_and_is_restarted(host: Host) -> None:
     assert host.pc2("start").returncode == 0
     wait_for(host.is_well, "the health manager's word on both programs")
@@ -176,7 +193,7 @@ def test_status_without_the_health_manager_says_so_and_looks_itself(host: Host) 
     assert done.stderr.splitlines() == ["the health manager does not answer: each program was asked by itself"]
     orchestrator, manager = table(done.stdout)
     assert (orchestrator["STATE"], orchestrator["SINCE"]) == ("healthy", "-")
-    assert "store ready" in orchestrator["REASON"]
+    assert orchestrator["REASON"] == "it answers"
     assert (manager["STATE"], manager["PID"]) == ("no answer", str(pid))
 
 

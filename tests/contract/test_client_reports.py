@@ -86,7 +86,7 @@ def test_failed_calls_are_told(
     (event,) = arrived(bus, code)
     assert (event["agent"], event["severity"], event["request_id"]) == ("memory_client", "error", reply["request_id"])
     assert event["details"] == {"endpoint": server.endpoint, "action": "add_memory", "outcome": outcome}
-    assert event["message"] == f"add_memory ended in {code}"
+    assert event["message"] == f"add_memory at {server.endpoint} ended in {code}"
     assert "secret" not in repr(event)
 
 

@@ -341,6 +341,7 @@ SECURITY = SecuritySettings(allow_insecure=True, insecure_peers=("10.1.0.0/16", 
         ("localhost", SECURITY, []),
         ("0.0.0.0", SECURITY, ["127.0.0.0/8", "10.1.0.0/16"]),
         ("0.0.0.0", SecuritySettings(insecure_peers=("10.1.0.0/16",)), ["127.0.0.0/8"]),
+        ("192.0.2.2", SECURITY, ["127.0.0.0/8", "192.0.2.2/32", "10.1.0.0/16"]),
         ("::", SECURITY, ["::ffff:127.0.0.0/104", "::1/128", "::ffff:10.1.0.0/112", "fd00::/8"]),
     ],
 )
@@ -486,6 +487,35 @@ def test_another_history_is_read_from_its_beginning() -> None:
         assert messages(take(reader, 1)) == ["the first of a new file"]
         manager.report(message="the second")
         assert messages(take(reader, 1)) == ["the second"]
+
+
+def test_of_another_history_only_what_is_new_is_told() -> None:
+    with FakeManager() as manager:
+        ports = manager.ports
+        for number in range(10):
+            manager.report(message=f"old {number}", now_s=time.time() - 3600.0)
+        for number in range(5):
+            manager.report(message=str(number))
+        older = manager.rows[:12]
+        reader = open_reader(manager, last=3)
+        assert messages(take(reader, 3)) == ["2", "3", "4"]
+    with reader, FakeManager(ports=ports, boot_id="boot-2", rows=older) as manager:
+        manager.report(message="new")
+        assert messages(take(reader, 3)) == ["0", "1", "new"], "of the last minute, nothing of an hour ago"
+        manager.report(message="newer")
+        assert messages(take(reader, 1)) == ["newer"]
+
+
+def test_what_was_read_of_the_history_before_is_not_told_again() -> None:
+    with FakeManager() as manager:
+        ports, rows = manager.ports, manager.rows
+        for number in range(5):
+            manager.report(message=str(number))
+        reader = open_reader(manager, since_s=0.0)
+        assert len(take(reader, 5)) == 5
+    with reader, FakeManager(ports=ports, boot_id="boot-2", rows=rows[:3]) as manager:
+        manager.report(message="new")
+        assert messages(take(reader, 1)) == ["new"]
 
 
 def test_repeats_are_counted_once_though_the_history_had_some_of_them() -> None:

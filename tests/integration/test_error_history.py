@@ -618,6 +618,41 @@ def test_a_damaged_file_is_set_aside_at_the_start(tmp_path: Path, damage: Any) -
     assert told[0].details["file"] == kept.name
 
 
+@pytest.mark.parametrize("how", ["deleted", "with its folder", "replaced"])
+def test_a_file_that_is_taken_away_is_noticed_and_a_new_one_begun(tmp_path: Path, how: str) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+
+    async def use() -> None:
+        async with opened(folder) as history:
+            last_seq = (await history.submit(events(3))).rows[-1][0]
+            if how == "with its folder":
+                shutil.rmtree(folder)
+            elif how == "replaced":
+                with contextlib.closing(sqlite3.connect(tmp_path / "other")):
+                    (tmp_path / "other").touch()
+                os.replace(tmp_path / "other", history_file(folder))
+            else:
+                for path in glob.glob(str(history_file(folder)) + "*"):
+                    os.remove(path)
+            found: list[Any] = []
+            for _ in range(100):
+                with contextlib.suppress(HistoryFailed):
+                    found = list((await history.get_errors()).results)
+                if found and found[0].event.error_type == "history_gone":
+                    break
+                await asyncio.sleep(0.05)
+            assert [(stored.event.error_type, stored.event.severity) for stored in found] == [
+                ("history_gone", "critical")
+            ]
+            assert found[0].seq > last_seq
+            await history.submit(events(1))
+        async with opened(folder) as history:
+            assert (await history.get_errors()).total == 2
+
+    asyncio.run(use())
+
+
 def test_a_file_that_proves_damaged_later_is_set_aside_then(tmp_path: Path) -> None:
     async def use() -> None:
         async with opened(tmp_path) as history:
@@ -648,14 +683,11 @@ def test_a_file_that_proves_damaged_later_is_set_aside_then(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("code", [sqlite3.SQLITE_IOERR_FSYNC, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE])
 def test_a_failing_commit_acknowledges_nothing(tmp_path: Path, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    fail_at = [2, 3]
-    calls = 0
+    fails = False
     forget = Store._forget_folded
 
     def failing(self: Store) -> None:
-        nonlocal calls
-        calls += 1
-        if calls in fail_at:
+        if fails:
             error = sqlite3.OperationalError("injected")
             error.sqlite_errorcode, error.sqlite_errorname = code, "SQLITE_INJECTED"
             raise error
@@ -664,21 +696,93 @@ def test_a_failing_commit_acknowledges_nothing(tmp_path: Path, code: int, monkey
     monkeypatch.setattr(Store, "_forget_folded", failing)
 
     async def use() -> None:
+        nonlocal fails
         async with opened(tmp_path, rows_per_s=10) as history:
             batch = events(30)
             await history.submit(events(30))
+            fails = True
             for _ in range(2):
                 with pytest.raises(HistoryFailed):
                     await history.submit(batch)
                 assert history.failing
-                assert (await history.get_errors()).total == 30
+                assert (await history.get_errors(agent="agent")).total == 30
+            fails = False
             committed = await history.submit(batch)
             assert (counted(committed), committed.known) == (30, 0)
             assert history.failing is None
             assert (await history.submit(batch)).known == 30
-            assert (await history.get_errors()).total == 60
+            assert (await history.get_errors(agent="agent")).total == 60
+            assert (await history.get_errors(error_type="history_failed")).total == 1
 
     asyncio.run(use())
+
+
+def test_a_failure_is_told_and_ends_though_nothing_more_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = sqlite3.OperationalError("injected")
+    broken.sqlite_errorcode, broken.sqlite_errorname = sqlite3.SQLITE_FULL, "SQLITE_FULL"
+
+    def failing(self: Store, *_: Any) -> None:
+        raise broken
+
+    async def use() -> None:
+        async with opened(tmp_path) as history:
+            for _ in range(2):
+                with monkeypatch.context() as patch:
+                    patch.setattr(Store, "write", failing)
+                    with pytest.raises(HistoryFailed):
+                        await history.submit(events(1))
+                deadline_s = time.monotonic() + 10.0
+                while history.failing and time.monotonic() < deadline_s:
+                    await history.set_meta("last_alive_at", "1")
+                    await asyncio.sleep(0.05)
+                assert history.failing is None
+            page = await history.get_errors(error_type="history_failed")
+            assert [stored.event.message for stored in page.results] == ["the disk is full"]
+
+    asyncio.run(use())
+
+
+def test_a_damaged_file_is_set_aside_once_though_there_is_no_room_for_a_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damaged, full = sqlite3.DatabaseError("injected"), sqlite3.OperationalError("injected")
+    damaged.sqlite_errorcode, full.sqlite_errorcode = sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_FULL
+    tries = 0
+
+    def no_write(self: Store, *_: Any) -> None:
+        raise damaged
+
+    def no_room(path: Path, *_: Any, **__: Any) -> None:
+        nonlocal tries
+        tries += 1
+        path.touch()
+        raise full
+
+    async def use() -> None:
+        async with opened(tmp_path) as history:
+            (last_seq, _) = (await history.submit(events(1))).rows[0]
+            with monkeypatch.context() as patch:
+                patch.setattr(Store, "write", no_write)
+                patch.setattr("memory_system.health.history_file.open_database", no_room)
+                deadline_s = time.monotonic() + 10.0
+                while tries < 3 and time.monotonic() < deadline_s:
+                    with pytest.raises(HistoryFailed):
+                        await history.submit(events(1))
+                    await asyncio.sleep(0.05)
+            for _ in range(200):
+                if history.failing is None:
+                    break
+                await asyncio.sleep(0.05)
+            found = [
+                (stored.seq > last_seq, stored.event.error_type) for stored in (await history.get_errors()).results
+            ]
+            assert found == [(True, "history_corrupt"), (True, "history_failed")]
+
+    asyncio.run(use())
+    assert tries >= 3
+    assert len(glob.glob(str(tmp_path / "health.db.corrupt-*"))) == 1
 
 
 def test_shared_rows_of_a_failed_commit_are_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -703,7 +807,7 @@ def test_shared_rows_of_a_failed_commit_are_forgotten(tmp_path: Path, monkeypatc
             fail[0] = False
             await history.submit(events(3, "other"))
             await history.submit(events(5, "failed"))
-            page = await history.get_errors()
+            page = await history.get_errors(agent="agent")
             found = {stored.event.error_type: stored.event.count for stored in page.results}
             assert found == {"first": 1, "other": 3, "failed": 5}
 
@@ -746,7 +850,7 @@ async def submit_until_refused(history):
     raise AssertionError("the disk never filled")
 
 async def check(history, acknowledged):
-    page = await history.get_errors(limit=1000)
+    page = await history.get_errors(limit=1000, agent="a")
     assert page.total == acknowledged, (page.total, acknowledged)
 
 async def eventually(history, events):

@@ -22,6 +22,7 @@ from memory_system.errors import CannotStart
 from memory_system.events import Event, MalformedEvent, make_event
 from memory_system.health import mesh, reports
 from memory_system.health.history import History
+from memory_system.health.history_file import MANAGER
 from memory_system.health.ingest import Ingest
 from memory_system.health.records import HistoryFailed
 from memory_system.health.store import Store
@@ -182,15 +183,19 @@ def test_heartbeats_are_handed_on_bounded(tmp_path: Path) -> None:
             beat = {"v": 1, "kind": "heartbeat", "component": "planner", "timestamp": 5.5, "pid": 1, "state": "healthy"}
             reporter.send(msgpack.packb(beat))
             reporter.send(msgpack.packb({**beat, "timestamp": "soon", "query": "secret", 5: b"x"}))
+            figures = {f"figure_{number}": number for number in range(1000)}
+            reporter.send(msgpack.packb({**beat, **figures, "state": "stopping"}))
             reporter.send(msgpack.packb({**beat, "component": ""}))
             assert (await reporter.hear())["kind"] == "refused"
             assert (await reporter.ask(1, []))["kind"] == "ack"
-            (first, address), (second, _) = bus.heartbeats
+            (first, address), (second, _), (third, _) = bus.heartbeats
+            assert (third["pid"], third["state"], third["truncated"]) == (1, "stopping", True)
+            assert len(third) < 10
             assert first == {"component": "planner", "timestamp": 5.5, "pid": 1, "state": "healthy"}
             assert address == ""
             assert abs(second["timestamp"] - time.time()) < 10
             assert "secret" not in json.dumps(second)
-            assert bus.ingest.figures()["heartbeats"] == 2
+            assert bus.ingest.figures()["heartbeats"] == 3
             assert [event.error_type for event in await bus.stored(1)] == ["malformed_event"]
 
     asyncio.run(use())
@@ -224,8 +229,9 @@ def test_while_the_history_fails_reporters_are_told_to_try_again(
                 await bus.history.submit([])
             failing[0] = False
             assert (await reporter.ask(3, batch))["accepted"] == 5
-            stored = await bus.stored(9)
-            assert [(event.error_type, event.count) for event in stored[5:]] == [("events_dropped", 4)]
+            stored = await bus.stored(10)
+            others = [(event.error_type, event.count) for event in stored if event.agent == MANAGER]
+            assert others == [("history_failed", 1), ("events_dropped", 4)]
             assert bus.ingest.figures()["retries"] == 1
 
     asyncio.run(use())
@@ -273,6 +279,28 @@ BROKEN = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("report", "batch", "message"),
+    [
+        ({"v": 2, "kind": "events", "batch": 3, "events": []}, 3, "v names an unknown version; known is 1"),
+        ({"kind": "events", "batch": 3, "events": []}, 3, "v is missing; the version is 1"),
+        ({"v": 1, "kind": "events", "events": []}, None, "batch is missing: a number of the sender"),
+        ({"v": 1, "kind": "events", "batch": "x", "events": []}, None, "batch is no integer from 0"),
+        ({"v": 1, "kind": "events", "batch": 3}, 3, "events is missing"),
+        ({"v": 1, "kind": "events", "batch": 3, "events": {}}, 3, "events is no list"),
+        ({"v": 1, "kind": "event", "batch": 3}, 3, "kind is unknown; known are events and heartbeat"),
+        ({"v": 1, "batch": 3}, 3, "kind is missing; known are events and heartbeat"),
+    ],
+)
+def test_a_refusal_says_what_is_wrong_and_with_which_batch(
+    report: dict[str, Any], batch: int | None, message: str
+) -> None:
+    with pytest.raises(reports.NoReport) as caught:
+        reports.read_report(json.dumps(report).encode(), time.time())
+    answer = json.loads(reports.refusal(b"{", caught.value.reason, caught.value.batch))
+    assert (answer["kind"], answer.get("batch"), answer["message"]) == ("refused", batch, message)
+
+
 def test_what_is_no_report_is_refused_and_told_of(tmp_path: Path) -> None:
     async def use() -> None:
         async with running(tmp_path) as bus:
@@ -286,13 +314,14 @@ def test_what_is_no_report_is_refused_and_told_of(tmp_path: Path) -> None:
             assert (await reporter.ask(1, fields(1)))["accepted"] == 1
             assert bus.ingest.figures()["malformed"] == len(BROKEN) + 4
             page = await bus.history.get_errors(error_type="malformed_event")
-            assert [stored.event.agent for stored in page.results] == ["unknown"]
+            assert {stored.event.agent for stored in page.results} == {"unknown"}
+            flaws = [stored.event.message for stored in page.results]
+            assert len(set(flaws)) == len(flaws) > 5, "each flaw is told of once"
             assert page.results[0].event.details["peer"] == "loopback"
             # The rest is summed up.
             await bus.ingest.close()
-            page = await bus.history.get_errors(error_type="malformed_event")
-            assert page.total == len(BROKEN) + 4
-            assert len(page.results) == 2
+            page = await bus.history.get_errors()
+            assert page.total == len(BROKEN) + 5
 
     asyncio.run(use())
 
@@ -323,9 +352,10 @@ def test_an_event_of_any_values_is_an_event_or_malformed(value: dict[str, Any]) 
 
 
 @pytest.mark.parametrize("timestamp", [10**400, float("nan"), float("inf"), -1, "yesterday", [], {}])
-def test_a_wrong_time_is_malformed(timestamp: Any) -> None:
-    with pytest.raises(MalformedEvent):
-        reports.read_event({"agent": "a", "error": "e", "timestamp": timestamp}, 5.0)
+def test_a_wrong_time_becomes_the_time_of_receipt(timestamp: Any) -> None:
+    event = reports.read_event({"agent": "a", "error": "e", "timestamp": timestamp}, 5.0)
+    assert event.timestamp == 5.0
+    assert "timestamp_sent" in event.details
 
 
 # -- the mesh ---------------------------------------------------------------------------------------------------------
@@ -358,8 +388,7 @@ def test_malformed_messages_of_the_mesh_are_told_of(tmp_path: Path) -> None:
             publisher.send(b'ERROR:{"agent":"me","error":"' + b"x" * 70_000 + b'"}')
             publisher.send(b'ERROR:{"agent":"me","error":"fine"}')
             assert await until(lambda: bus.ingest.figures()["malformed"] == 7)
-            page = await bus.history.get_errors()
-            found = {(stored.event.agent, stored.event.error_type) for stored in page.results}
+            found = {(event.agent, event.error_type) for event in await bus.stored(6)}
             assert found == {("unknown", "malformed_event"), ("me", "malformed_event"), ("me", "unknown")}
 
     asyncio.run(use())

@@ -297,6 +297,33 @@ def test_repeats_are_one_line_with_their_number(tail: Callable[..., Tail]) -> No
         assert running.line().endswith("again  x41")
 
 
+def test_what_repeats_in_the_history_is_one_line_until_something_else_comes(tail: Callable[..., Tail]) -> None:
+    moment = datetime(2026, 1, 31, 12, 30, 0).timestamp()
+    with FakeManager() as manager:
+        running = tail("--since", "1d", *at(manager))
+        wait_for_questions(manager, 1)
+        wait_until(lambda: manager.broadcaster.subscriptions >= 2, "it is subscribed")
+        manager.report(message="live")
+        assert running.line().endswith("live")
+        rows, ports = list(manager.rows), manager.ports
+    with FakeManager() as elsewhere:
+        now_s = time.time()
+        for number in range(300):
+            elsewhere.report(message=str(number), now_s=now_s + number / 100)
+        elsewhere.report(message="other", severity="critical", now_s=now_s)
+        for number in range(2):
+            elsewhere.report("archiver", message=str(number), now_s=moment + number * 5)
+        missed = [{**row, "seq": row["seq"] + len(rows)} for row in elsewhere.rows]
+    with FakeManager(rows=rows + missed, ports=ports, boot_id="boot-2") as second:
+        first, other, last = running.lines(3)
+        assert "299  x300  " in first
+        assert ".." in first
+        assert other.endswith("other")
+        assert last.endswith("1  x2  12:30:00..12:30:05")
+        second.report("archiver", message="live again")
+        assert running.line().endswith("live again")
+
+
 # -- the end ----------------------------------------------------------------------------------------------------------
 
 

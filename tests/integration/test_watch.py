@@ -144,6 +144,7 @@ class Watching:
     watch: Watch
     told: list[tuple[float, str, State, dict[str, Any]]] = field(default_factory=list)
     reports: list[tuple[str, str, dict[str, Any]]] = field(default_factory=list)
+    forgotten: list[str] = field(default_factory=list)
 
     def entry(self, name: str) -> dict[str, Any]:
         return next(entry for entry in self.watch.picture() if entry["component"] == name)
@@ -179,8 +180,9 @@ async def watching(
         seen.reports.append((error_type, severity, dict(details)))
 
     own = (OWN, lambda: {"state": "healthy", "events": 7})
-    watch = Watch(rules, addresses, supervisor, own=own, on_change=on_change, report=report)
-    seen = Watching(watch)
+    forgotten: list[str] = []
+    watch = Watch(rules, addresses, supervisor, own=own, on_change=on_change, report=report, on_forget=forgotten.append)
+    seen = Watching(watch, forgotten=forgotten)
     watch.start()
     try:
         yield seen
@@ -451,6 +453,19 @@ def test_heartbeats_from_elsewhere_make_components(host: Host) -> None:
             for fields in ({}, {"component": 7}, {"component": "x" * 999}, {"component": "supervisor"}):
                 assert not seen.watch.heartbeat(fields, "10.0.0.7")
             assert seen.watch.refused_heartbeats == 4
+
+    run(scenario())
+
+
+def test_who_is_silent_for_long_is_forgotten_and_that_is_told(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("memory_system.health.states.FORGET_S", 1.0)
+
+    async def scenario() -> None:
+        async with watched(host) as seen:
+            assert seen.watch.heartbeat({"component": "agent_7", "state": "healthy", "interval_s": 0.2}, "10.0.0.7")
+            await seen.until_state("agent_7", "down")
+            await seen.until(lambda: seen.forgotten == ["agent_7"], "agent_7 is forgotten")
+            assert "agent_7" not in [entry["component"] for entry in seen.watch.picture()]
 
     run(scenario())
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from memory_system.bus_progress import BusEvent, Message, Progress, kind_of, row_event
+from memory_system.bus_progress import BusEvent, Message, Progress, row_event
 from memory_system.events import MalformedEvent, make_event
 from memory_system.health.folding import Broadcast, BroadcastFolder
 
@@ -81,7 +81,7 @@ class Bus:
     def take(self, event: BusEvent | None) -> None:
         if event is not None:
             assert event.event.count > 0
-            self.had[kind_of(event.event)] += event.event.count
+            self.had[event.event.agent, event.event.error_type] += event.event.count
 
     def reported(self) -> Counter[tuple[str, str]]:
         counts: Counter[tuple[str, str]] = Counter()

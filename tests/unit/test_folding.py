@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memory_system.events import SEVERITIES, Event
+from memory_system.events import SEVERITIES, Event, make_event
 from memory_system.health.folding import ROW_KEYS, VARIOUS, Broadcast, BroadcastFolder, RowBudget
 
 # Seconds to the next event, who, what, how bad, for how many it stands, and whether its row is a new one.
@@ -226,6 +226,17 @@ def test_a_storm_of_kinds_is_bounded() -> None:
     assert done.messages[-1].event.details == {"kinds": 1000}
 
 
+def test_components_of_one_agent_do_not_hide_each_other() -> None:
+    done = Run(10.0, 200)
+    down = [
+        make_event("m", "component_down", "it ended", details={"component": name}) for name in ("one", "two", "one")
+    ]
+    assert [len(done.admit(each)) for each in down] == [1, 1, 0]
+    budget = RowBudget(1).begin(0.0)
+    keys = [budget.place(each) for each in [*down, *down]]
+    assert len(set(keys[1:])) == 2
+
+
 def test_without_folding_each_goes_out() -> None:
     done = Run(0.0, 1000)
     for _ in range(10):
@@ -262,7 +273,7 @@ def test_a_second_has_a_bounded_number_of_rows(events: list[tuple[int, str]], ro
     shared = {key for key in keys if key is not None}
     assert len(shared) <= ROW_KEYS + len(SEVERITIES)
     for key, (number, severity) in zip(keys, events, strict=True):
-        assert key in (None, ("a", str(number), severity), (VARIOUS, VARIOUS, severity))
+        assert key in (None, ("a", str(number), "", severity), (VARIOUS, VARIOUS, "", severity))
 
 
 def test_rows_of_one_agent_do_not_hide_the_others() -> None:
@@ -270,7 +281,7 @@ def test_rows_of_one_agent_do_not_hide_the_others() -> None:
     for number in range(20_000):
         budget.place(event("storm", str(number)))
     assert [budget.place(event("bystander", str(number))) for number in range(20)] == [None] * 20
-    assert budget.place(event("bystander", "20")) == (VARIOUS, VARIOUS, "error")
+    assert budget.place(event("bystander", "20")) == (VARIOUS, VARIOUS, "", "error")
     own = sum(budget.place(event(f"a{number}")) is None for number in range(10_000))
     assert own == 1000 // 10 - 20
 
@@ -288,5 +299,5 @@ def test_a_group_that_is_not_committed_costs_nothing() -> None:
     before = copy.deepcopy(budget)
     planned = budget.begin(50.5)
     for _ in range(5):
-        planned.rows[planned.place(event()) or ("a", "b", "c")] = 1
+        planned.rows[planned.place(event()) or ("a", "b", "", "c")] = 1
     assert budget == before

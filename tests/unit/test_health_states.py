@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memory_system.health.life import Process, Sign
-from memory_system.health.states import BLIND_S, FORGET_S, Component, State
+from memory_system.health.memory import FORGET_S
+from memory_system.health.states import BLIND_S, Component, State
 from memory_system.health_settings import HealthSettings
 
 RULES = HealthSettings(flap_deaths=4, flap_window_s=100.0, flap_quiet_s=40.0)
@@ -133,7 +134,7 @@ def test_who_starts_anew_inside_after_it_was_healthy_is_degraded(healthy: Clocke
 def test_a_death_is_announced_even_if_nobody_saw_it(healthy: Clocked, restarted: bool) -> None:
     if not restarted:
         assert healthy.supervised(Process("EXITED", start=1, exitstatus=-1)) == ["down"]
-        assert healthy.component.state.reason == "ended by a signal"
+        assert healthy.component.state.reason == "its process (pid 11) ended by a signal"
     changes = healthy.supervised(Process("STARTING", pid=12, start=3))
     assert changes == (["down", "starting"] if restarted else ["starting"])
     assert healthy.sign(pid=12) == ["healthy"]
@@ -152,7 +153,7 @@ def test_each_failed_start_is_a_death_though_no_process_was_seen() -> None:
     ("process", "reason"),
     [
         (Process("FATAL", start=1, spawnerr="Exited too quickly"), "supervisor has given up on it: Exited too quickly"),
-        (Process("EXITED", start=1, exitstatus=2), "exited with status 2"),
+        (Process("EXITED", start=1, exitstatus=2), "its process (pid 11) ended with exit status 2"),
         (Process("STOPPED", start=1), "stopped through supervisor"),
         (Process("UNKNOWN"), "supervisor does not know it"),
     ],
@@ -179,6 +180,17 @@ def test_silence_is_a_hang_once_it_was_asked(healthy: Clocked) -> None:
     assert healthy.component.state.reason == "no sign of life for 10 s"
     assert healthy.sign() == ["healthy"]
     assert not healthy.component.hangs()
+
+
+def test_a_hang_that_nobody_heals_says_so() -> None:
+    clocked = Clocked(replace(RULES, heal=False))
+    clocked.supervised(RUNNING)
+    clocked.sign()
+    clocked.ask()
+    clocked.wait(RULES.hang_s)
+    assert (
+        clocked.component.state.reason == "no sign of life for 10 s; healing is off (health.heal): restart it by hand"
+    )
 
 
 def test_an_answer_may_take_three_quarters_of_that_however_late_it_was_asked(healthy: Clocked) -> None:
@@ -336,6 +348,7 @@ def test_without_supervisor_answers_alone_decide() -> None:
     clocked.wait(RULES.hang_s)
     assert (clocked.state, clocked.cause) == ("down", "hang")
     assert not clocked.component.hangs(), "there is nobody who could kill it"
+    assert clocked.component.state.reason.endswith("; no supervisor runs it: restart it by hand")
     assert clocked.sign(pid=11) == ["healthy"]
     assert clocked.sign(pid=12) == ["down", "healthy"]
 
@@ -372,6 +385,54 @@ def test_who_said_goodbye_is_stopped() -> None:
     assert clocked.cause == "stopped"
     assert clocked.beat(pid=12) == ["down", "healthy"]
     assert clocked.component.deaths == 0
+
+
+def test_who_signs_off_is_stopped_at_once_and_soon_forgotten() -> None:
+    clocked = Clocked(heartbeat_s=5.0)
+    clocked.beat()
+    assert clocked.beat("stopped") == ["down"]
+    assert (clocked.cause, clocked.component.state.reason) == ("stopped", "it said that it stopped")
+    assert clocked.wait(RULES.flap_quiet_s - 1.0) == []
+    assert not clocked.component.is_forgotten(clocked.now_s)
+    assert clocked.component.is_forgotten(clocked.now_s + 1.0)
+    assert clocked.beat() == ["healthy"]
+
+
+def test_a_program_that_signs_off_is_stopping_until_its_process_ends(healthy: Clocked) -> None:
+    assert healthy.beat("stopped") == ["degraded"]
+    assert healthy.cause == "stopping"
+    assert healthy.supervised(Process("EXITED", start=1)) == ["down"]
+    assert healthy.component.deaths == 0
+
+
+# -- what the manager before this one knew --------------------------------------------------------------------------
+
+
+def test_flapping_goes_on_over_a_restart_of_the_manager() -> None:
+    clocked = Clocked()
+    clocked.component.recall("flapping", [clocked.now_s - age_s for age_s in (40.0, 30.0, 20.0, 10.0)], clocked.now_s)
+    assert clocked.state == "flapping"
+    assert clocked.supervised(RUNNING) == []
+    assert clocked.sign() == []
+    assert clocked.wait(RULES.flap_quiet_s - 10.0, answers=Sign("healthy", 11)) == ["healthy"]
+
+
+def test_deaths_before_a_restart_of_the_manager_count() -> None:
+    clocked = Clocked()
+    clocked.component.recall("down", [clocked.now_s - 5.0] * (RULES.flap_deaths - 1), clocked.now_s)
+    clocked.supervised(RUNNING)
+    assert clocked.sign() == ["healthy"]
+    assert clocked.supervised(Process("RUNNING", pid=12, start=2)) == ["flapping"]
+
+
+@pytest.mark.parametrize(("state", "changes"), [("down", []), ("healthy", ["down"])])
+def test_who_only_beats_is_not_forgotten_over_a_restart(state: str, changes: list[str]) -> None:
+    clocked = Clocked(heartbeat_s=5.0)
+    clocked.component.recall(state, [], clocked.now_s)
+    assert clocked.state == ("down" if state == "down" else "starting")
+    assert clocked.wait(16.0) == changes
+    assert (clocked.state, clocked.cause) == ("down", "silent")
+    assert clocked.beat() == ["healthy"]
 
 
 def test_a_restart_elsewhere_is_a_death_and_two_of_one_name_are_not() -> None:

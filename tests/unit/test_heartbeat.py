@@ -61,7 +61,8 @@ def test_it_beats_in_its_interval() -> None:
         count = len(recorder.beats)
         await asyncio.sleep(0.25)
         assert len(recorder.beats) == count
-        times = [beat["timestamp"] for beat in recorder.beats]
+        assert [beat["state"] for beat in recorder.beats[-2:]] == ["healthy", "stopped"], "it signs off"
+        times = [beat["timestamp"] for beat in recorder.beats[:-1]]
         assert all(later - sooner >= 0.04 for sooner, later in itertools.pairwise(times))
 
     asyncio.run(main())
@@ -77,7 +78,7 @@ def test_a_change_of_state_is_told_within_a_second_or_so_and_at_the_end() -> Non
         await beaten(recorder, 2)
         state = "stopping"
         heartbeat.close()
-        assert [beat["state"] for beat in recorder.beats] == ["starting", "healthy", "stopping"]
+        assert [beat["state"] for beat in recorder.beats] == ["starting", "healthy", "stopped"]
 
     asyncio.run(main())
 

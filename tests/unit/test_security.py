@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from memory_system.errors import AccessDenied, ConfigError
-from memory_system.security import PeerPolicy, check_bind, is_loopback
+from memory_system.security import PeerPolicy, check_bind, is_loopback, policy_for
 from memory_system.settings import NetworkSettings, SecuritySettings
 
 OPEN = SecuritySettings(allow_insecure=True, insecure_peers=("10.1.0.0/16", "192.168.5.7/32", "fd00::/8"))
@@ -63,3 +63,15 @@ def test_what_is_remembered_of_peers_is_bounded() -> None:
     for number in range(25_000):
         policy.check(f"10.1.{number // 256 % 256}.{number % 256}")
     assert len(policy._known) <= 10_001
+
+
+@pytest.mark.parametrize(
+    ("bind", "address"),
+    [("192.0.2.2", "192.0.2.2"), ("192.0.2.2", "::ffff:192.0.2.2"), ("fd00::2", "fd00::2"), ("[fd00::2]", "fd00::2")],
+)
+def test_programs_of_this_host_come_from_the_address_that_is_listened_on(bind: str, address: str) -> None:
+    policy = policy_for(NetworkSettings(bind=bind), OPEN)
+    assert policy is not None
+    policy.check(address)
+    with pytest.raises(AccessDenied):
+        policy.check("192.0.2.3")
