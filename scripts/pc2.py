@@ -255,6 +255,8 @@ def tell_not_running() -> bool:
     for name, address, reply in left:
         if reply is not None:
             print(f"not under supervisord, but {name} answers at {address.shown}: pid {reply.get('pid', '?')}")
+    if orphans.find(RunDir(os.environ)):
+        print("'make stop-pc2' stops what was left, 'make start-pc2' starts anew")
     orphaned = any(reply is not None for _, _, reply in left)
     if not orphaned:
         print("not running")

@@ -565,7 +565,10 @@ def test_a_sum_of_several_kinds_is_taken_apart_for_who_wants_one_of_them() -> No
         for number in range(5):
             manager.report(f"agent-{number}", message=str(number))
         manager.later(1.1)
-        assert [each.event.count for each in take(everything, 2)] == [1, 4]
+        counts = [take(everything, 1)[0].event.count]
+        while sum(counts) < 5:  # on a slow machine the five may be of two seconds
+            counts += [take(everything, 1)[0].event.count]
+        assert (counts[0], sum(counts)) == (1, 5)
         assert messages(take(one, 1)) == ["3"]
         assert one.read(0.1) is None
 
