@@ -185,7 +185,7 @@ def test_it_says_that_it_lives_and_when_it_stops(tmp_path: Path, bus: FakeBus) -
         number = len(bus.heartbeats())
         wait_until(lambda: len(bus.heartbeats()) >= number + 3, "further heartbeats")
         assert orchestrator.terminate() == 0
-        bus.wait_for_heartbeat(component="orchestrator", state="stopping")
+        bus.wait_for_heartbeat(component="orchestrator", state="stopped")
 
 
 def test_without_a_bus_it_works_and_ends_as_fast(tmp_path: Path) -> None:

@@ -177,6 +177,7 @@ def test_what_waits_is_one_transaction_and_questions_go_first(tmp_path: Path, mo
             question = asyncio.ensure_future(history.get_errors())
             question.add_done_callback(lambda _: order.append("question"))
             others[0].add_done_callback(lambda _: order.append("next group"))
+            await asyncio.sleep(0)  # the question has been put
             gate.set()
             page = await question
             assert page.total == 1

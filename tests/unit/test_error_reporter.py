@@ -196,7 +196,7 @@ def test_a_report_never_raises(arguments: Any, ingest: FakeIngest) -> None:
     assert reporter.stats()["discarded"] == 1
     reporter.report(None, 7, "terrible", request_id=5, details=None)  # type: ignore[arg-type]
     acknowledged(reporter, 1)
-    assert (ingest.events[0]["error_type"], ingest.events[0]["severity"]) == ("None", "error")
+    assert (ingest.events[0]["error_type"], ingest.events[0]["severity"]) == ("unknown", "error")
     reporter.close()
 
 
