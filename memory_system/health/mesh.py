@@ -19,7 +19,7 @@ Message = tuple[list[bytes], str]  # frames, address of the sender where there i
 # A PUB drops what does not fit at once, so what a storm needs has to be kept on this side.
 QUEUED: Final = 10_000
 # Larger frames cut the connection; those between get an event about their sender.
-MAX_FRAME_BYTES: Final = 2 * MAX_EVENT_BYTES
+MAX_FRAME_BYTES: Final = 4 * MAX_EVENT_BYTES
 BATCH: Final = 200
 LOOK_S: Final = 1.0
 

@@ -146,7 +146,7 @@ def test_events_that_cannot_be_read_are_counted(mesh: Mesh) -> None:
     def told() -> int:
         return sum(row.get("count", 1) for row in malformed(mesh, since_seq, agent="unknown"))
 
-    wait_until(lambda: told() >= len(UNREADABLE), "all are told of", 20.0)
+    wait_until(lambda: told() >= len(UNREADABLE), "all are told of", 40.0)
     assert len(malformed(mesh, since_seq, agent="unknown")) <= len(UNREADABLE), "one row for each flaw at most"
 
 
