@@ -1,6 +1,6 @@
 # `make help` lists the targets. Variables: PYTHON (the interpreter for the virtual environment), CONFIG (a
 # configuration file), DATA (a conversation for the demo), PIP_ARGS (further options of pip install), BOOT_DIR (where
-# install-boot writes instead of systemd's folder).
+# install-boot writes instead of systemd's folder), FROM and TO (files of restore, export, import).
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -15,7 +15,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help start-pc2 stop-pc2 status logs tail-errors demo test lint type coverage fuzz bench install-boot uninstall-boot clean
+.PHONY: help start-pc2 stop-pc2 status logs tail-errors jobs run-job backup restore export import demo test lint type coverage fuzz bench bench-due bench-maintenance bench-consolidation install-boot uninstall-boot clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -35,11 +35,29 @@ logs: $(SERVICE) ## Follow the log files
 tail-errors: $(SERVICE) ## Follow the errors of all programs (ARGS="--severity error --since 2h")
 	@$(PY) scripts/tail_error_bus.py $(ARGS)
 
+jobs: $(SERVICE) ## Show the maintenance jobs: when each runs next, and how its last run went
+	@$(PY) scripts/jobs.py list
+
+run-job: $(SERVICE) ## Run a job now (JOB=consolidation; DRY_RUN=1 shows what it would change; AS_OF=time)
+	@$(PY) scripts/jobs.py run "$(JOB)" $(if $(filter-out 0 no false,$(DRY_RUN)),--dry-run) $(if $(AS_OF),--as-of "$(AS_OF)")
+
+backup: $(SERVICE) ## Copy the store to backup.dir, while the service runs or not (DRY_RUN=1 shows what it would do)
+	@$(PY) scripts/backup.py $(if $(filter-out 0 no false,$(DRY_RUN)),--dry-run)
+
+restore: $(SERVICE) ## Put a backup in the place of the store, while the service is stopped (FROM=file or latest)
+	@$(PY) scripts/restore.py $(if $(FROM),"$(FROM)")
+
+export: $(SERVICE) ## Write all memories to a file of JSON lines (TO=file; ARGS="--namespace name --vectors")
+	@$(PY) scripts/export_memories.py "$(TO)" $(ARGS)
+
+import: $(SERVICE) ## Put the memories of an exported file into the store (FROM=file; ARGS="--overwrite --dry-run")
+	@$(PY) scripts/import_memories.py "$(FROM)" $(ARGS)
+
 demo: $(SERVICE) ## Store a long conversation and ask about it (DATA=file)
 	@$(PY) examples/demo.py $(if $(DATA),"$(DATA)")
 
 test: lint type ## Lint, types and all tests
-	@$(PY) -m pytest
+	@$(PY) -m pytest -n 2 --dist loadfile
 
 lint: $(DEVELOPMENT) ## Check style and format
 	@$(PY) -m ruff check .
@@ -56,6 +74,15 @@ fuzz: $(DEVELOPMENT) ## Send mutated requests to a running service (FUZZ_REQUEST
 
 bench: $(SERVICE) ## Measure round trips and throughput
 	@$(PY) bench/run.py
+
+bench-due: $(SERVICE) ## Time a decay run over 10,000 to 1,000,000 memories with 1,000 due
+	@$(PY) bench/due.py
+
+bench-maintenance: $(SERVICE) ## Measure reads and adds while maintenance runs, and without it
+	@$(PY) bench/maintenance.py
+
+bench-consolidation: $(SERVICE) ## Measure what consolidation costs in recall (DATA=file)
+	@$(PY) bench/consolidation.py $(if $(DATA),"$(DATA)")
 
 install-boot: $(SERVICE) ## Have systemd start all programs at boot, with the CONFIG and MEMORY_* of now
 	@$(PY) scripts/boot.py install $(if $(BOOT_DIR),--dir "$(BOOT_DIR)")

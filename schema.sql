@@ -44,6 +44,9 @@ CREATE TABLE memories (
     created_by       TEXT    NOT NULL,
     version          INTEGER NOT NULL DEFAULT 1,
     state            TEXT    NOT NULL DEFAULT 'active' CHECK (state IN ('active', 'archived')),
+    archived_at      REAL,                          -- since when it is archived
+    tier_accesses    INTEGER NOT NULL DEFAULT 0,    -- accesses since tier_since
+    promote_at       REAL,                          -- when it earned its promotion before its time
     UNIQUE (namespace, memory_id),
     FOREIGN KEY (namespace, parent_id) REFERENCES memories (namespace, memory_id)
 ) STRICT;
@@ -102,6 +105,50 @@ CREATE TABLE group_members (
 
 CREATE INDEX group_members_by_row ON group_members (row_id);
 
+-- The runs of maintenance: what each was asked for, and what it did. `result` is JSON.
+CREATE TABLE maintenance_runs (
+    run_id      INTEGER PRIMARY KEY AUTOINCREMENT,
+    job         TEXT    NOT NULL,
+    request_id  TEXT    UNIQUE,
+    asked       TEXT    NOT NULL,                   -- the fields of the request, as JSON
+    asked_by    TEXT    NOT NULL,                   -- the caller
+    as_of       REAL    NOT NULL,
+    dry_run     INTEGER NOT NULL CHECK (dry_run IN (0, 1)),
+    started_at  REAL    NOT NULL,
+    finished_at REAL,
+    state       TEXT    NOT NULL CHECK (state IN ('running', 'done', 'failed', 'interrupted')),
+    result      TEXT,
+    error       TEXT
+) STRICT;
+
+CREATE INDEX maintenance_runs_by_job ON maintenance_runs (job, run_id);
+
+-- One row for each memory that consolidation made. `pieces`: JSON [[member_row_id, text], ...], the parts of its content
+-- in order, with the memory each was taken from; NULL when the summariser could not say (then a deleted member undoes it).
+CREATE TABLE consolidations (
+    row_id     INTEGER PRIMARY KEY REFERENCES memories (row_id) ON DELETE CASCADE,
+    kind       TEXT NOT NULL CHECK (kind IN ('summary', 'duplicates')),
+    summariser TEXT NOT NULL,
+    pieces     TEXT,
+    created_at REAL NOT NULL
+) STRICT;
+
+-- The originals of a consolidated memory. `before`: JSON of the fields that archiving changed, for undo.
+CREATE TABLE consolidation_members (
+    row_id        INTEGER NOT NULL REFERENCES consolidations (row_id) ON DELETE CASCADE,
+    member_row_id INTEGER NOT NULL REFERENCES memories (row_id) ON DELETE CASCADE,
+    before        TEXT    NOT NULL,
+    PRIMARY KEY (row_id, member_row_id)
+) STRICT, WITHOUT ROWID;
+
+CREATE INDEX consolidation_members_by_member ON consolidation_members (member_row_id);
+
+-- Originals that an undo brought back: they are not consolidated again.
+CREATE TABLE consolidations_undone (
+    row_id    INTEGER PRIMARY KEY REFERENCES memories (row_id) ON DELETE CASCADE,
+    undone_at REAL NOT NULL
+) STRICT;
+
 -- One row for each write that carried a request_id, in the transaction of the write itself. The reply holds ids and
 -- versions, never content. Rows stand in the order of time, so that old ones are pruned from the low end.
 CREATE TABLE idempotency (
@@ -157,4 +204,4 @@ WHEN old.memory_type <> 'session' AND old.content <> new.content BEGIN
     INSERT INTO memory_fts (rowid, content) VALUES (new.row_id, new.content);
 END;
 
-PRAGMA user_version = 2;
+PRAGMA user_version = 3;

@@ -203,10 +203,10 @@ class Clients:
         return now_s
 
 
-def connect(context: zmq.Context[Any], endpoint: str) -> zmq.Socket[bytes]:
+def connect(context: zmq.Context[Any], endpoint: str, reply_s: float = REPLY_S) -> zmq.Socket[bytes]:
     socket: zmq.Socket[bytes] = context.socket(zmq.REQ)
     socket.linger = 0
-    socket.rcvtimeo = int(REPLY_S * 1000.0)
+    socket.rcvtimeo = int(reply_s * 1000.0)
     socket.connect(endpoint)
     return socket
 
@@ -215,7 +215,7 @@ def receive(socket: zmq.Socket[bytes]) -> bytes:
     try:
         return socket.recv()
     except zmq.Again:
-        raise LoadFailure(f"no reply within {REPLY_S:.0f} s") from None
+        raise LoadFailure(f"no reply within {socket.rcvtimeo / 1000.0:.0f} s") from None
 
 
 def checked(body: bytes) -> Request:

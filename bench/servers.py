@@ -10,13 +10,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, Self
 
 import msgpack
 import zmq
-from clients import checked, connect, receive
+from clients import REPLY_S, checked, connect, receive
 from corpus import Corpus
 from workloads import Request, request
 
@@ -105,10 +105,16 @@ def start_reference(folder: Path, number: int) -> Server:
     return _ready(server, server.read_port)
 
 
-def start_service(folder: Path, name: str, provider: str, profiles: Path | None = None) -> Server:
+def start_service(
+    folder: Path,
+    name: str,
+    provider: str,
+    profiles: Path | None = None,
+    settings: Mapping[str, str] | None = None,
+) -> Server:
     """An orchestrator with the built-in settings but for its port, its data and where its vectors come from.
 
-    `profiles`: run it under cProfile, which writes NAME.prof there when it stops.
+    `profiles`: run it under cProfile, which writes NAME.prof there when it stops. `settings`: others, as section.key.
     """
     port = _free_port()
     environ = {key: value for key, value in os.environ.items() if not key.startswith("MEMORY")}
@@ -116,6 +122,8 @@ def start_service(folder: Path, name: str, provider: str, profiles: Path | None 
     environ["MEMORY__STORAGE__PATH"] = str(folder / name / "memory.db")
     environ["MEMORY__LOG__DIR"] = str(folder / name / "logs")
     environ["MEMORY__EMBEDDING__PROVIDER"] = provider
+    for key, value in (settings or {}).items():
+        environ[f"MEMORY__{key.upper().replace('.', '__')}"] = value
     profiled = [] if profiles is None else ["-m", "cProfile", "-o", str(profiles.resolve() / f"{name}.prof")]
     server = Server(name, [*profiled, "orchestrator.py"], folder, environ)
     server.endpoint = f"tcp://127.0.0.1:{port}"
@@ -141,11 +149,11 @@ def _wait_answer(server: Server) -> None:
 
 
 class Asker:
-    """One bare REQ client for what surrounds the measurements."""
+    """One bare REQ client for what surrounds the measurements; `reply_s`: how long it waits for a reply."""
 
-    def __init__(self, endpoint: str) -> None:
+    def __init__(self, endpoint: str, reply_s: float = REPLY_S) -> None:
         self._context: zmq.Context[Any] = zmq.Context()
-        self._socket = connect(self._context, endpoint)
+        self._socket = connect(self._context, endpoint, reply_s)
         self._asked = False
 
     def __enter__(self) -> Self:
@@ -165,8 +173,9 @@ class Asker:
         self._socket.recv()
         return True
 
-    def ask(self, action: str, data: Request) -> Request:
-        self._socket.send(msgpack.packb(request(action, data)))
+    def ask(self, action: str, data: Request, **around: Any) -> Request:
+        """The reply; `around` replaces what stands beside the data, such as the namespace."""
+        self._socket.send(msgpack.packb(request(action, data) | around))
         return checked(receive(self._socket))
 
 

@@ -99,11 +99,11 @@ class Actions:
         self.handle(body, answered.set_result, peer)
         return await answered
 
-    def handle(self, body: bytes, reply: Callable[[bytes], None], peer: bytes = b"") -> None:
+    def handle(self, body: bytes, reply: Callable[[bytes], None], peer: bytes = b"", address: str = "") -> None:
         """Answer a request of a peer by calling `reply` exactly once, now or later on the event loop."""
         asked = _Asked(protocol.is_json(body), time.monotonic())
         try:
-            request = read_request(body, peer)
+            request = read_request(body, peer, address)
             asked.request_id = request.request_id
             action = self._find(request.action)
             asked.action = action.name

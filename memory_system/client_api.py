@@ -54,13 +54,14 @@ class FixedMethods(ClientCore[R]):
     ) -> R:
         """Store a memory. Reply: memory_id, version, created_at.
 
+        A tier or an importance equal to its default here is left to the service, which may know one of the type.
         The parent is `parent_id`, else the client's session; `top_level=True`: none. Times are epoch seconds, UTC.
         """
         data = _given(
             content=content,
             memory_type=memory_type,
-            memory_tier=memory_tier,
-            importance=importance,
+            memory_tier=None if memory_tier == "short" else memory_tier,
+            importance=None if importance == 0.5 else importance,
             metadata=metadata,
             tags=tags,
             parent_id=parent_id,
@@ -204,8 +205,9 @@ class FixedMethods(ClientCore[R]):
     def reinforce_memory(
         self, memory_id: str, reinforcement_factor: float = 1.2, *, request_id: str | None = None
     ) -> R:
-        """Multiply its importance now, at most to 1. Reply: memory_id, new_importance."""
-        data = {"memory_id": memory_id, "reinforcement_factor": reinforcement_factor}
+        """Multiply its importance now, at most to 1 (1.2: by its type's factor). Reply: memory_id, new_importance."""
+        factor = None if reinforcement_factor == 1.2 else reinforcement_factor
+        data = _given(memory_id=memory_id, reinforcement_factor=factor)
         return self.call("reinforce_memory", data, request_id=request_id)
 
     def batch_add_memories(self, memories: list[Fields], *, request_id: str | None = None) -> R:

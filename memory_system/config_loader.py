@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ class Rule:
     check: Callable[[str], object] | None = None
     secret: bool = False
     is_path: bool = False
+    row: type | None = None  # of a table: the dataclass of each entry, whose fields carry rules of their own
 
 
 def rule(doc: str, **limits: Any) -> dict[str, Rule]:
@@ -52,6 +54,12 @@ def key(default: T, doc: str, **limits: Any) -> T:
     A secret one is left out of the repr of its class.
     """
     found: T = dataclasses.field(default=default, repr=not limits.get("secret", False), metadata=rule(doc, **limits))
+    return found
+
+
+def table(row: type[T], doc: str, *, noun: str) -> Mapping[str, T]:
+    """A setting that is a mapping of names (each a `noun`) to objects of the dataclass `row`; empty by default."""
+    found: Mapping[str, T] = dataclasses.field(default_factory=dict, metadata=rule(doc, noun=noun, row=row))
     return found
 
 
@@ -72,6 +80,8 @@ class Key:
     @property
     def expected(self) -> str:
         """The values that the key takes, in words, with their unit."""
+        if self.rule.row is not None:
+            return f"a mapping of a {self.rule.noun} to any of " + ", ".join(_fields(self.rule.row, self.name))
         if self.rule.choices:
             return "one of " + ", ".join(self.rule.choices)
         if self.rule.noun:
@@ -92,8 +102,24 @@ def walk(base: Any, prefix: str = "") -> Iterator[Key]:
         if dataclasses.is_dataclass(value):
             yield from walk(value, f"{prefix}{field.name}.")
         else:
-            kind = typing.get_origin(kinds[field.name]) or kinds[field.name]
-            yield Key(prefix + field.name, kind, value, field.metadata["rule"])
+            yield Key(prefix + field.name, _kind(kinds[field.name]), value, field.metadata["rule"])
+
+
+def _kind(hint: Any) -> type:
+    """The type that a value is checked for: `tuple` of tuple[str, ...], `float` of float | None."""
+    alternatives = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+    if isinstance(hint, types.UnionType):
+        return typing.cast(type, alternatives[0])
+    return typing.cast(type, typing.get_origin(hint) or hint)
+
+
+def _fields(row: type, prefix: str) -> dict[str, Key]:
+    """The settings that an entry of a table may have, by their short names."""
+    kinds = typing.get_type_hints(row)
+    return {
+        field.name: Key(f"{prefix}.{field.name}", _kind(kinds[field.name]), field.default, field.metadata["rule"])
+        for field in dataclasses.fields(row)
+    }
 
 
 def overlay(base: T, values: Mapping[str, Any], prefix: str = "") -> T:
@@ -120,7 +146,7 @@ def load_file(base: Any, path: Path) -> dict[str, Any]:
             raise _unknown("key", name, where, _names(known))
         if name in values:
             raise ConfigError(f"{where}: {name} is given twice", key=name)
-        values[name] = _checked(known[name], raw, where)
+        values[name] = _value(known[name], raw, where)
     return values
 
 
@@ -132,7 +158,7 @@ def load_environment(base: Any, environ: Mapping[str, str]) -> dict[str, Any]:
         if variable not in known:
             raise _unknown("variable", variable, "environment", list(known))
         setting = known[variable]
-        values[setting.name] = _checked(
+        values[setting.name] = _value(
             setting, _parse_variable(setting, environ[variable]), f"environment variable {variable}"
         )
     return values
@@ -177,6 +203,8 @@ def _leaves(
         if is_section and value_node.id == "mapping":
             yield from _leaves(loader, value_node, f"{name}.", path, known)
             continue
+        if name in known and known[name].rule.row is not None:
+            _refuse_repeated(value_node, name, where)
         value = loader.construct_object(value_node, deep=True)
         if isinstance(value, bool) and name in known and known[name].kind is str:
             value = value_node.value  # YAML 1.1 reads the words on, off, yes and no as booleans
@@ -184,6 +212,16 @@ def _leaves(
             yield name, value, where
         elif value is not None:  # a section whose keys are all commented out changes nothing
             raise ConfigError(f"{where}: {name} is a section: expected keys below it", key=name)
+
+
+def _refuse_repeated(node: Any, name: str, where: str) -> None:
+    """YAML keeps the last of two equal keys; a setting given twice is a mistake."""
+    seen: set[str] = set()
+    for key_node, value_node in node.value if node.id == "mapping" else ():
+        if key_node.value in seen:
+            raise ConfigError(f"{where}: {name}.{key_node.value} is given twice", key=name)
+        seen.add(key_node.value)
+        _refuse_repeated(value_node, f"{name}.{key_node.value}", where)
 
 
 def _mark(error: Exception) -> str:
@@ -206,14 +244,40 @@ def _unknown(noun: str, name: str, where: str, names: list[str]) -> ConfigError:
     return ConfigError(f"{where}: unknown {noun} {name}; the nearest known one is {near}", key=name, nearest=near)
 
 
+def _value(setting: Key, raw: Any, where: str) -> Any:
+    """The checked value of a setting; of a table, entry by entry."""
+    row = setting.rule.row
+    if row is None:
+        return _checked(setting, raw, where)
+    if raw is None:  # all its entries are commented out
+        return {}
+    if not isinstance(raw, dict) or not all(isinstance(name, str) and name for name in raw):
+        raise _refused(setting, raw, where)
+    return {name: _entry(setting, row, name, fields, where) for name, fields in raw.items()}
+
+
+def _entry(setting: Key, row: type, name: str, fields: Any, where: str) -> Any:
+    if not isinstance(fields, dict):
+        raise _refused(setting, {name: fields}, where)
+    known = _fields(row, f"{setting.name}.{name}")
+    for field in fields:
+        if field not in known:
+            raise _unknown("key", f"{setting.name}.{name}.{field}", where, [key.name for key in known.values()])
+    return row(**{field: _checked(known[field], value, where) for field, value in fields.items()})
+
+
 def _checked(setting: Key, raw: Any, where: str) -> Any:
     try:
         return _convert(setting, raw)
     except (ValueError, OverflowError) as error:
-        text = repr(raw)
-        shown = "(value not shown)" if setting.rule.secret else text[:_SHOWN_CHARS] + "…" * (len(text) > _SHOWN_CHARS)
-        message = f"{where}: {setting.name} = {shown}: expected {setting.expected}"
-        raise ConfigError(message, key=setting.name, expected=setting.expected) from error
+        raise _refused(setting, raw, where) from error
+
+
+def _refused(setting: Key, raw: Any, where: str) -> ConfigError:
+    text = repr(raw)
+    shown = "(value not shown)" if setting.rule.secret else text[:_SHOWN_CHARS] + "…" * (len(text) > _SHOWN_CHARS)
+    message = f"{where}: {setting.name} = {shown}: expected {setting.expected}"
+    return ConfigError(message, key=setting.name, expected=setting.expected)
 
 
 def _convert(setting: Key, raw: Any) -> Any:

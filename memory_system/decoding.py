@@ -19,6 +19,7 @@ from msgspec import Raw, Struct
 
 from memory_system import protocol
 from memory_system.errors import InvalidField, InvalidRequest, MemorySystemError, RequestTooLarge, UnsupportedVersion
+from memory_system.export_models import LINES, AnyLine
 from memory_system.models import PARAMS, Envelope, UpdatePayload
 
 T = TypeVar("T", bound=Struct)
@@ -33,7 +34,11 @@ _REGEX = re.compile(r" matching regex .*$", re.DOTALL)
 _STRINGS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 _LARGE_JSON = 1024 * 1024
 
-_TYPES: tuple[type[Struct], ...] = (Envelope, *dict.fromkeys(PARAMS.values()), UpdatePayload)
+_TYPES: tuple[type[Struct], ...] = (
+    *(Envelope, UpdatePayload, AnyLine),
+    *dict.fromkeys(PARAMS.values()),
+    *LINES.values(),
+)
 _LAX: dict[type[Struct], type[Struct]] = {
     cls: msgspec.defstruct(
         f"Lax{cls.__name__}", [], bases=(cls,), frozen=True, kw_only=True, forbid_unknown_fields=False

@@ -14,6 +14,7 @@ from memory_system import protocol
 from memory_system.calls import Call
 from memory_system.decoding import Encoding, decode_envelope, encoding_of
 from memory_system.errors import (
+    AccessDenied,
     DeadlineExceeded,
     InternalError,
     MemorySystemError,
@@ -22,7 +23,9 @@ from memory_system.errors import (
     UnknownAction,
 )
 from memory_system.log import get_logger
-from memory_system.models import PARAMS, Envelope, Params
+from memory_system.models import PARAMS, Envelope
+from memory_system.params import Params
+from memory_system.security import is_admin
 from memory_system.storage.idempotency import fingerprint
 from memory_system.traffic import SUCCESS, Traffic
 
@@ -42,15 +45,22 @@ class _EchoId(msgspec.Struct):
 class Dispatcher:
     """Answers request bodies; knows nothing of sockets.
 
-    `handlers`: action -> operation. `commit_seq`: namespace -> number of its last change.
+    `handlers`: action -> operation. `commit_seq`: namespace -> number of its last change. `admits`: whether the peer of
+    an IP address may call admin actions.
     """
 
-    def __init__(self, handlers: Mapping[str, Handler], commit_seq: Callable[[str], int]) -> None:
+    def __init__(
+        self,
+        handlers: Mapping[str, Handler],
+        commit_seq: Callable[[str], int],
+        admits: Callable[[str], bool] = is_admin,
+    ) -> None:
         missing = protocol.ACTIONS ^ set(handlers)
         if missing:
             raise InternalError(f"actions without an operation, or the reverse: {sorted(missing)}")
         self._handlers = handlers
         self._commit_seq = commit_seq
+        self._admits = admits
         self._tasks: set[asyncio.Task[Reply]] = set()
         self.traffic = Traffic()
         self.ignored_fields = 0
@@ -61,8 +71,11 @@ class Dispatcher:
         self.handle(body, answered.set_result)
         return await answered
 
-    def handle(self, body: bytes, reply: Callable[[bytes], None], peer: bytes = b"") -> None:
-        """Answer a request of a peer by calling `reply` exactly once, now or later on the event loop."""
+    def handle(self, body: bytes, reply: Callable[[bytes], None], peer: bytes = b"", address: str = "") -> None:
+        """Answer a request of a peer by calling `reply` exactly once, now or later on the event loop.
+
+        `address`: the peer's IP address; empty: it is of this machine.
+        """
         started_s = time.monotonic()
         encoding = encoding_of(body)
         request_id: str | None = None
@@ -70,7 +83,7 @@ class Dispatcher:
         try:
             envelope = self._envelope(body, encoding)
             request_id = envelope.request_id
-            action, handler = self._handler(envelope)
+            action, handler = self._handler(envelope, address)
             params, call = self._call(action, envelope, encoding, peer, started_s)
             result = handler(call, params)
         except MemorySystemError as error:
@@ -97,11 +110,13 @@ class Dispatcher:
         self.ignored_fields += decoded.ignored
         return decoded.envelope
 
-    def _handler(self, envelope: Envelope) -> tuple[str, Handler]:
+    def _handler(self, envelope: Envelope, address: str) -> tuple[str, Handler]:
         action = protocol.ACTION_ALIASES.get(envelope.action, envelope.action)
         handler = self._handlers.get(action)
         if handler is None:
             raise _unknown_action(envelope.action)
+        if action in protocol.ADMIN_ACTIONS and not self._admits(address):
+            raise AccessDenied(f"{action} is for callers of the service's own machine; {address} is another")
         return action, handler
 
     def _call(
@@ -114,7 +129,7 @@ class Dispatcher:
         params, unknown = encoding.decode(PARAMS[action], data, lax=legacy)
         if unknown is not None:
             self._note_ignored()
-        write = action in protocol.WRITE_ACTIONS
+        write = action not in protocol.READ_ACTIONS
         deadline_s = None
         if envelope.deadline_ms is not None:
             deadline_s = started_s + envelope.deadline_ms / 1000.0

@@ -39,7 +39,10 @@ _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What stands around the `data` of a request. `deadline_s` is monotonic; `legacy` callers send no `v`."""
+    """What stands around the `data` of a request. `deadline_s` is monotonic; `legacy` callers send no `v`.
+
+    `peer` names the connection; `address` is the caller's IP address, empty where all callers are of this machine.
+    """
 
     action: str
     data: Mapping[str, Any] = field(repr=False)
@@ -51,9 +54,10 @@ class Request:
     legacy: bool
     as_json: bool
     peer: bytes
+    address: str = ""
 
 
-def read_request(body: bytes, peer: bytes = b"") -> Request:
+def read_request(body: bytes, peer: bytes = b"", address: str = "") -> Request:
     """Decode and check a request, all but the fields of its action.
 
     Raises InvalidRequest, InvalidField, RequestTooLarge, UnsupportedVersion, DeadlineExceeded.
@@ -82,6 +86,7 @@ def read_request(body: bytes, peer: bytes = b"") -> Request:
         legacy=legacy,
         as_json=protocol.is_json(body),
         peer=peer,
+        address=address,
     )
 
 

@@ -158,6 +158,13 @@ class DeadlineExceeded(MemorySystemError):
     retryable = True
 
 
+class ClockUnsettled(MemorySystemError):
+    """The clock was moved a moment ago: nothing irreversible is done until `details.retry_after_ms` have passed."""
+
+    code = "clock_unsettled"
+    retryable = True
+
+
 class VectorsUnavailable(MemorySystemError):
     """The call needs an embedding and there is none now: the model loads, or its worker is down."""
 

@@ -95,3 +95,4 @@ class ErrorBusSettings:
 class MetricsSettings:
     orchestrator_port: int = key(0, "HTTP port of the orchestrator's metrics; 0: none.", span=(0, 65535))
     health_manager_port: int = key(0, "HTTP port of the health manager's metrics; 0: none.", span=(0, 65535))
+    memory_scheduler_port: int = key(0, "HTTP port of the scheduler's metrics; 0: none.", span=(0, 65535))

@@ -12,7 +12,7 @@ from memory_system.access import AccessBuffer, Accesses
 from memory_system.errors import MemorySystemError
 from memory_system.log import get_logger
 from memory_system.settings import StorageSettings
-from memory_system.storage import idempotency, memories, vectors
+from memory_system.storage import accesses, idempotency, vectors
 from memory_system.storage.context import Reply, WriteContext
 from memory_system.storage.jobs import WriteJob
 from memory_system.storage.writer import Writer
@@ -26,15 +26,22 @@ _PRUNE_ROWS: Final = 1_000
 
 
 class Housekeeping:
-    """Periodic upkeep in small writes. `applied_seq()`: up to where every index has followed the log."""
+    """Periodic upkeep in small writes. `applied_seq()`: up to where every index has followed the log.
+    `is_clock_settled()`: whether the wall clock can be trusted with what is past its time."""
 
     def __init__(
-        self, writer: Writer, settings: StorageSettings, accesses: AccessBuffer, applied_seq: Callable[[], int]
+        self,
+        writer: Writer,
+        settings: StorageSettings,
+        accesses: AccessBuffer,
+        applied_seq: Callable[[], int],
+        is_clock_settled: Callable[[], bool],
     ) -> None:
         self._writer = writer
         self._settings = settings
         self._accesses = accesses
         self._applied_seq = applied_seq
+        self._is_clock_settled = is_clock_settled
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
@@ -59,7 +66,7 @@ class Housekeeping:
         taken = self._accesses.take()
         try:
             for part in _slices(taken):
-                await self._run(partial(memories.flush_accesses, accesses=part), rows=len(part))
+                await self._run(partial(accesses.flush, accesses=part), rows=len(part))
                 for row_id in part:
                     del taken[row_id]
         except MemorySystemError:
@@ -68,8 +75,9 @@ class Housekeeping:
 
     async def prune(self) -> None:
         """Drop idempotency keys past their time and log entries that are applied."""
-        before_s = time.time() - self._settings.idempotency_ttl_h * 3600.0
-        await self._repeat(partial(idempotency.prune, before_s=before_s))
+        if self._is_clock_settled():
+            before_s = time.time() - self._settings.idempotency_ttl_h * 3600.0
+            await self._repeat(partial(idempotency.prune, before_s=before_s))
         up_to_seq = self._applied_seq() - _LOG_KEPT
         if up_to_seq > 0:
             await self._repeat(partial(vectors.prune_log, up_to_seq=up_to_seq))

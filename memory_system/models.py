@@ -11,42 +11,29 @@ from typing import Annotated, Any, Literal
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
 from memory_system import protocol as p
-
-# \A and \Z: `$` would let a trailing newline pass.
-_PRINTABLE = r"\A[^\x00-\x1f\x7f]+\Z"
-
-Id = Annotated[str, Meta(min_length=1, max_length=p.MAX_ID_CHARS, pattern=_PRINTABLE)]
-Name = Annotated[str, Meta(min_length=1, max_length=p.MAX_NAME_CHARS, pattern=_PRINTABLE)]
-Tag = Annotated[str, Meta(min_length=1, max_length=p.MAX_TAG_CHARS, pattern=_PRINTABLE)]
-Tags = Annotated[list[Tag], Meta(max_length=p.MAX_TAGS)]
-_NO_NUL = r"\A[^\x00]*\Z"
-Content = Annotated[str, Meta(min_length=1, max_length=p.MAX_CONTENT_BYTES, pattern=_NO_NUL)]
-Text = Annotated[str, Meta(max_length=4096, pattern=_NO_NUL)]
-Query = Annotated[str, Meta(min_length=1, max_length=p.MAX_QUERY_CHARS, pattern=_NO_NUL)]
-Cursor = Annotated[str, Meta(min_length=1, max_length=1024)]
-Unit = Annotated[float, Meta(ge=0.0, le=1.0)]
-# Years 0 to 9999, which also keeps infinities and NaN out.
-Time = Annotated[float, Meta(ge=-62_167_219_200.0, le=253_402_300_799.0)]
-Limit = Annotated[int, Meta(ge=1, le=p.MAX_RESULTS)]
-Integer = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
-Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
-Tier = Literal["short", "medium", "long"]
-State = Literal["active", "archived"]
-SortOrder = Literal["asc", "desc"]
-SortField = Literal[
-    "created_at", "updated_at", "occurred_at", "last_accessed_at", "importance", "access_count", "version", "memory_id"
-]
-SearchMode = Literal["hybrid", "dense", "keyword"]
-
-
-def _check_content(content: str | UnsetType) -> None:
-    """The limit is in bytes; what msgspec checks is characters."""
-    if isinstance(content, str) and 4 * len(content) > p.MAX_CONTENT_BYTES < (size := len(content.encode())):
-        raise ValueError(f"`content` has {size} bytes, the limit is {p.MAX_CONTENT_BYTES}")
-
-
-# The encoding of "absent" for a raw field; `null` arrives as the bytes of null.
-ABSENT = Raw(b"")
+from memory_system.admin_models import ADMIN_PARAMS
+from memory_system.params import (
+    ABSENT,
+    Content,
+    Count,
+    Cursor,
+    Id,
+    Integer,
+    Limit,
+    Name,
+    Params,
+    Query,
+    SearchMode,
+    SortField,
+    SortOrder,
+    State,
+    Tags,
+    Text,
+    Tier,
+    Time,
+    Unit,
+    check_content,
+)
 
 
 class Envelope(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -60,10 +47,6 @@ class Envelope(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     session_id: Id | None = None
     namespace: Name | None = None
     deadline_ms: Annotated[float, Meta(ge=0.0, le=86_400_000.0)] | None = None
-
-
-class Params(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The root of all request data; unknown fields are refused (legacy callers: see decoding.py)."""
 
 
 class NoParams(Params, frozen=True, kw_only=True):
@@ -97,8 +80,8 @@ class ListSessions(Params, frozen=True, kw_only=True):
 class AddMemory(Params, frozen=True, kw_only=True):
     content: Content
     memory_type: Name = "general"
-    memory_tier: Tier = "short"
-    importance: Unit = 0.5
+    memory_tier: Tier | UnsetType = UNSET  # absent: as the settings say of its type
+    importance: Unit | UnsetType = UNSET
     metadata: Raw = ABSENT
     tags: Tags | None = None
     parent_id: Id | UnsetType | None = UNSET  # absent: the session, null: none
@@ -108,7 +91,7 @@ class AddMemory(Params, frozen=True, kw_only=True):
     created_by: Name | None = None
 
     def __post_init__(self) -> None:
-        _check_content(self.content)
+        check_content(self.content)
 
 
 class BatchAddMemories(Params, frozen=True, kw_only=True):
@@ -142,7 +125,7 @@ class UpdatePayload(Params, frozen=True, kw_only=True):
     state: State | UnsetType = UNSET
 
     def __post_init__(self) -> None:
-        _check_content(self.content)
+        check_content(self.content)
 
 
 class UpdateMemory(Params, frozen=True, kw_only=True):
@@ -211,7 +194,7 @@ class GetRelatedMemories(Params, frozen=True, kw_only=True):
 
 class ReinforceMemory(Params, frozen=True, kw_only=True):
     memory_id: Id
-    reinforcement_factor: Annotated[float, Meta(gt=0.0, le=100.0)] = 1.2
+    reinforcement_factor: Annotated[float, Meta(gt=0.0, le=100.0)] | UnsetType = UNSET  # absent: that of its type
 
 
 class CreateContextGroup(Params, frozen=True, kw_only=True):
@@ -316,6 +299,7 @@ PARAMS: dict[str, type[Params]] = {
     "get_commit_seq": NoParams,
     "health_check": NoParams,
     "get_request_status": GetRequestStatus,
+    **ADMIN_PARAMS,
 }
 
 
@@ -347,3 +331,6 @@ class Memory(Struct, frozen=True, kw_only=True):
     created_by: str
     version: int
     state: str
+    archived_at: float | None = None
+    tier_accesses: int = 0
+    promote_at: float | None = None

@@ -84,7 +84,24 @@ WRITE_ACTIONS: Final = frozenset(
         "forget",
     }
 )
-ACTIONS: Final = READ_ACTIONS | WRITE_ACTIONS
+# Upkeep of the store, for callers of this machine.
+ADMIN_ACTIONS: Final = frozenset(
+    {
+        "run_decay",
+        "run_consolidation",
+        "undo_consolidation",
+        "run_cleanup",
+        "run_snapshot",
+        "run_checkpoint",
+        "run_integrity_check",
+        "list_runs",
+        "reindex",
+        "backup",
+        "export_memories",
+        "import_memories",
+    }
+)
+ACTIONS: Final = READ_ACTIONS | WRITE_ACTIONS | ADMIN_ACTIONS
 ACTION_ALIASES: Final = {"get_related": "get_related_memories"}
 
 ERROR_CODES: Final = frozenset(BY_CODE)

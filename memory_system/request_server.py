@@ -23,8 +23,11 @@ _MIB: Final = 1024 * 1024
 class Answerer(Protocol):
     """Turns the bytes of a request into those of its reply; knows nothing of sockets."""
 
-    def handle(self, body: bytes, reply: Callable[[bytes], None], peer: bytes) -> None:
-        """Call `reply` exactly once, at once or later on the event loop."""
+    def handle(self, body: bytes, reply: Callable[[bytes], None], peer: bytes, address: str) -> None:
+        """Call `reply` exactly once, at once or later on the event loop.
+
+        `peer` names the connection; `address` is the sender's IP address, empty where all come from this machine.
+        """
 
     def refuse(self, body: bytes, error: MemorySystemError) -> bytes:
         """The reply to a request that is not admitted."""
@@ -154,7 +157,7 @@ class RequestServer:
             "draining": self.admission.draining,
         }
 
-    def _receive(self, peer: bytes, route: Route, body: bytes, _address: str) -> None:
+    def _receive(self, peer: bytes, route: Route, body: bytes, address: str) -> None:
         refusal = self.admission.objection(peer)
         if refusal is not None:
             self.router.send(route, self._answerer.refuse(body, refusal))
@@ -168,7 +171,7 @@ class RequestServer:
                 self.admission.end(peer, len(body))
             self.router.send(route, encoded)
 
-        self._answerer.handle(body, reply, peer)
+        self._answerer.handle(body, reply, peer, address)
         if not answered:
             counted = True
             self.admission.begin(peer, len(body))

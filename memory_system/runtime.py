@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,15 +21,16 @@ from memory_system.protocol import ACTIONS
 from memory_system.reporting import Reporting
 from memory_system.search.engine import SearchEngine
 from memory_system.search.index import SearchIndex
-from memory_system.security import policy_for
+from memory_system.security import is_admin, policy_for
 from memory_system.service.families import service_families
 from memory_system.service.health import HealthService
 from memory_system.service.own_writes import OwnWrites
 from memory_system.service.reading import ReadingService
 from memory_system.service.searching import SearchingService
+from memory_system.service.upkeep import Parts, Upkeep
 from memory_system.service.writing import WritingService
 from memory_system.settings import Settings
-from memory_system.storage import vectors
+from memory_system.storage import rebase, vectors
 from memory_system.storage.context import Changes
 from memory_system.storage.database import StoreLock, connect_reader, open_store, store_epoch
 from memory_system.storage.jobs import WriteJob
@@ -85,17 +87,21 @@ class Runtime:
         self._build_search()
         self._build_services()
         await self._readers.start()
+        await self._runs.start()
+        self._closers.append(self._runs.close)
         await self._caches.start()
         self._index.start()
         self._embedding.start()
         await self._embedder.start()
         self._housekeeping.start()
         self._closers.append(self._housekeeping.close)
+        await self._maintaining.start()
         self._open_metrics()
         self._reporting.start(self._health_service.heartbeat)
 
     def stop_writing_after(self, seconds: float) -> None:
-        """Writes that have not begun by then are refused."""
+        """The program is to end: runs of maintenance stop, and writes that have not begun by then are refused."""
+        self._runs.stop()
         self._writer.stop_after(seconds)
 
     async def close(self) -> None:
@@ -119,6 +125,7 @@ class Runtime:
             ) from error
         self._closers.append(lock.release)
         db = open_store(self._path, self._settings.storage.synchronous)
+        rebase.bring_up(db, self._settings.lifecycle, time.time())
         self._epoch = store_epoch(db)
         self._writer = Writer(
             db,
@@ -163,9 +170,8 @@ class Runtime:
 
     def _build_services(self) -> None:
         settings = self._settings
-        view = RecordView(settings.lifecycle)
+        view, accesses = RecordView(settings.lifecycle), AccessBuffer()
         queries = self._queries = Queries(self._readers, settings.lifecycle)
-        accesses = AccessBuffer()
         writing = WritingService(self._writer, queries, view, idempotency=settings.storage.idempotency)
         reading = ReadingService(
             self._writer, queries, view, self._caches.records, accesses, settings.lifecycle.access_weight_get
@@ -183,6 +189,7 @@ class Runtime:
             self._epoch,
             self._writer.commit_seq,
         )
+        upkeep = self._build_upkeep()
         self._health_service = HealthService(
             self._path,
             self._writer,
@@ -193,11 +200,23 @@ class Runtime:
             self._embedding,
             self._health,
             self._traffic,
+            self._runs.figures,
         )
-        self.dispatcher = Dispatcher(
-            _handlers([writing, reading, searching, self._health_service]), self._writer.commit_seq
+        services = [writing, reading, searching, upkeep.maintaining, upkeep.archiving, self._health_service]
+        admits = partial(is_admin, bind=settings.network.bind)
+        self.dispatcher = Dispatcher(_handlers(services), self._writer.commit_seq, admits)
+        self._housekeeping = Housekeeping(
+            self._writer, settings.storage, accesses, lambda: self._index.applied_seq, self._runs.is_clock_settled
         )
-        self._housekeeping = Housekeeping(self._writer, settings.storage, accesses, lambda: self._index.applied_seq)
+
+    def _build_upkeep(self) -> Upkeep:
+        parts = Parts(
+            self._writer, self._readers, self._index, self._engine, self._caches, self._embedder, self._embedding
+        )
+        upkeep = Upkeep(self._settings, parts)
+        self._runs, self._maintaining = upkeep.runs, upkeep.maintaining
+        self._closers.append(upkeep.exports.close)
+        return upkeep
 
     def _traffic(self) -> dict[str, Any]:
         return {"requests": self.dispatcher.traffic.requests(), "ignored_fields": self.dispatcher.ignored_fields}

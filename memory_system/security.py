@@ -43,6 +43,19 @@ def policy_for(network: NetworkSettings, security: SecuritySettings) -> PeerPoli
     return None if is_loopback(network.bind) else PeerPolicy(security, own=network.bind)
 
 
+def is_admin(address: str, bind: str = "") -> bool:
+    """Whether a plaintext peer of this IP address may do what only an administrator may: loopback, and nobody else.
+
+    Empty: the socket listens on loopback, where every peer is of this machine. `bind` is the address that the socket
+    listens on: where that is one address of the machine, its own programs call from that very address, and nobody else
+    can complete a connection from it.
+    """
+    if not address:
+        return True
+    ip = _plain(address)
+    return ip is not None and (ip.is_loopback or ip == _plain(bind))
+
+
 class PeerPolicy:
     """Which addresses may send plaintext requests: this host, and the networks of `security.insecure_peers`.
 

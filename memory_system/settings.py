@@ -13,9 +13,14 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
-from memory_system.config_loader import Key, key, load_environment, load_file, overlay, rule, walk
+from memory_system.backup_settings import BackupSettings
+from memory_system.config_loader import Key, key, load_environment, load_file, overlay, walk
+from memory_system.consolidation_settings import ConsolidationSettings
 from memory_system.errors import ConfigError
 from memory_system.health_settings import ErrorBusSettings, HealthSettings, MetricsSettings
+from memory_system.lifecycle_settings import LifecycleSettings
+from memory_system.maintenance_settings import ClockSettings, MaintenanceSettings
+from memory_system.scheduler_settings import SchedulerSettings, check_jobs, with_one_trigger
 
 PROJECT: Final = Path(__file__).resolve().parent.parent
 CONFIG_VARIABLE: Final = "MEMORY_CONFIG"
@@ -209,25 +214,6 @@ class SearchSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class TierSettings:
-    decay_rate: float = field(metadata=rule("Importance fades as exp(-rate * days).", unit="1/day", span=(0, 100)))
-    max_age_days: float = field(metadata=rule("Stay in this tier.", unit="days", span=(0, 36_500)))
-    promote_importance: float = field(
-        metadata=rule("Importance needed to move up at the end of the stay.", span=(0, 1))
-    )
-    archive_threshold: float = field(metadata=rule("Below this importance a memory is archived.", span=(0, 1)))
-
-
-@dataclass(frozen=True, slots=True)
-class LifecycleSettings:
-    short: TierSettings = TierSettings(0.1, 7.0, 0.5, 0.1)
-    medium: TierSettings = TierSettings(0.05, 30.0, 0.6, 0.1)
-    long: TierSettings = TierSettings(0.01, 365.0, 1.0, 0.05)
-    access_weight_get: float = key(0.01, "Importance that a memory gains when it is read by its id.", span=(0, 1))
-    access_weight_search: float = key(0.0, "Importance that a memory gains when a search returns it.", span=(0, 1))
-
-
-@dataclass(frozen=True, slots=True)
 class SecuritySettings:
     allow_insecure: bool = key(False, "Allow plaintext callers from the networks of insecure_peers.")
     insecure_peers: tuple[str, ...] = key(
@@ -263,11 +249,16 @@ class Settings:
     embedding: EmbeddingSettings = field(default_factory=EmbeddingSettings)
     search: SearchSettings = field(default_factory=SearchSettings)
     lifecycle: LifecycleSettings = field(default_factory=LifecycleSettings)
+    consolidation: ConsolidationSettings = field(default_factory=ConsolidationSettings)
+    maintenance: MaintenanceSettings = field(default_factory=MaintenanceSettings)
+    clock: ClockSettings = field(default_factory=ClockSettings)
+    backup: BackupSettings = field(default_factory=BackupSettings)
     security: SecuritySettings = field(default_factory=SecuritySettings)
     log: LogSettings = field(default_factory=LogSettings)
     health: HealthSettings = field(default_factory=HealthSettings)
     error_bus: ErrorBusSettings = field(default_factory=ErrorBusSettings)
     metrics: MetricsSettings = field(default_factory=MetricsSettings)
+    scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)
 
     def all_keys(self) -> Iterator[Key]:
         """Every key with its value in this object and its rule, in the order of the documentation."""
@@ -275,8 +266,8 @@ class Settings:
 
     def resolved(self, root: Path = PROJECT) -> Settings:
         """A copy whose relative paths start at `root` and whose `~` is the home folder."""
-        paths = {key.name: str(root / Path(key.value).expanduser()) for key in self.all_keys() if key.rule.is_path}
-        return overlay(self, paths)
+        paths = (key for key in self.all_keys() if key.rule.is_path and key.value)
+        return overlay(self, {key.name: str(root / Path(key.value).expanduser()) for key in paths})
 
 
 def load_settings(path: str | None = None, environ: Mapping[str, str] = os.environ) -> Settings:
@@ -289,8 +280,8 @@ def load_settings(path: str | None = None, environ: Mapping[str, str] = os.envir
     values: dict[str, object] = {}
     file = config_file(path, environ)
     if file is not None:
-        values.update(load_file(base, file))
-    values.update(load_environment(base, environ))
+        values.update(with_one_trigger(load_file(base, file)))
+    values.update(with_one_trigger(load_environment(base, environ)))
     settings = overlay(base, values).resolved()
     _check_together(settings)
     return settings
@@ -306,6 +297,7 @@ def config_file(path: str | None, environ: Mapping[str, str]) -> Path | None:
 
 
 def _check_together(settings: Settings) -> None:
+    check_jobs(settings.scheduler.jobs)
     search, limits = settings.search, settings.limits
     if search.dense_weight + search.keyword_weight <= 0:
         raise ConfigError("search.dense_weight and search.keyword_weight are both 0: expected one above 0")

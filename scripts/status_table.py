@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
@@ -32,8 +32,8 @@ class Row:
     @property
     def cells(self) -> tuple[str, ...]:
         cells = (self.program, self.address, self.state, self.pid, self.uptime, self.since, self.reason)
-        # Names and reasons may come from agents elsewhere: nothing of them is to steer the terminal.
-        return tuple("".join(char if char.isprintable() else "?" for char in cell) or "-" for cell in cells)
+        # Names and reasons may come from agents elsewhere.
+        return tuple(map(plain, cells))
 
 
 def rows(run: RunDir, deployment: Deployment, told: Mapping[str, Mapping[str, Any]]) -> Iterator[Row]:
@@ -91,6 +91,11 @@ def with_deaths(reason: str, deaths: int | None) -> str:
     return f"{reason} (died {deaths} {'time' if deaths == 1 else 'times'})" if deaths else reason
 
 
+def plain(text: str) -> str:
+    """A stranger's text as a cell: nothing of it is to steer the terminal."""
+    return "".join(char if char.isprintable() else "?" for char in text) or "-"
+
+
 def uptime(seconds: float | None) -> str:
     if seconds is None:
         return ""
@@ -117,7 +122,12 @@ def ask_manager(deployment: Deployment) -> dict[str, dict[str, Any]] | None:
 
 def shown(found: Iterable[Row]) -> str:
     """The rows as text, below the headings, in columns."""
-    table = [HEADINGS, *(row.cells for row in found)]
-    widths = [max(len(cells[column]) for cells in table) for column in range(len(HEADINGS))]
+    return columns(HEADINGS, (row.cells for row in found))
+
+
+def columns(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table as text."""
+    table = [headings, *rows]
+    widths = [max(len(cells[column]) for cells in table) for column in range(len(headings))]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) for cells in table)
     return "\n".join(line.rstrip() for line in lines)

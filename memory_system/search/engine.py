@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from memory_system.lifecycle_settings import LifecycleSettings
 from memory_system.search import feed, ranking
 from memory_system.search.columns import Ids, Mask
 from memory_system.search.connections import Connections
@@ -25,7 +26,7 @@ from memory_system.search.query import Hit, SearchOutcome, SearchQuery
 from memory_system.search.scope import Scope
 from memory_system.search.vectors import VectorIndex, Vectors, unit
 from memory_system.search.view import View
-from memory_system.settings import LifecycleSettings, SearchSettings
+from memory_system.settings import SearchSettings
 
 # Contents fetched at once while results are tested against min_score.
 _SLICE: Final = 32

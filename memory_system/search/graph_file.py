@@ -42,11 +42,11 @@ def restore(folder: Path, view: View, settings: SearchSettings) -> None:
     log.info("search_snapshot_loaded", rows=len(live), removed=len(dead), missing=vectors.count - len(live))
 
 
-def save(folder: Path, view: View, settings: SearchSettings) -> None:
-    """Save the graph if it changed since it was saved last; a failure is logged."""
+def save(folder: Path, view: View, settings: SearchSettings) -> bool:
+    """Save the graph if it changed since it was saved last; whether it was saved. A failure is logged."""
     vectors, columns = view.vectors, view.columns
     if vectors is None or vectors.graph is None or vectors.graph_changes == 0:
-        return
+        return False
     slots = np.flatnonzero(vectors.in_graph)
     rows = np.zeros(len(slots), snapshot.ROWS_DTYPE)
     rows["row_id"], rows["digest"] = columns.row_ids[slots], columns.digests[slots]
@@ -55,6 +55,7 @@ def save(folder: Path, view: View, settings: SearchSettings) -> None:
             snapshot.save(folder, vectors.graph, rows, _identity(view, vectors, settings), view.seq)
     except (OSError, RuntimeError) as error:
         log.warning("search_snapshot_failed", reason=str(error))
-        return
+        return False
     vectors.graph_changes = 0
     log.info("search_snapshot_saved", rows=len(slots), seq=view.seq)
+    return True

@@ -9,7 +9,9 @@ from __future__ import annotations
 import sqlite3
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -75,6 +77,7 @@ class SearchIndex:
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
         self._snapshot_at_s = clock()
+        self._wanted: deque[Future[bool]] = deque()  # who waits for a snapshot
 
     def __repr__(self) -> str:
         return f"<SearchIndex {self._state} seq={self.applied_seq} model={self._model}>"
@@ -104,12 +107,22 @@ class SearchIndex:
         """Something was committed. Cheap, from any thread."""
         self._wake.set()
 
+    def save_soon(self) -> Future[bool]:
+        """Have the graph saved, once the index is loaded: False when there is none, or no change since the last time,
+        or it could not be saved, which the log tells."""
+        wanted: Future[bool] = Future()
+        self._wanted.append(wanted)
+        self._wake.set()
+        return wanted
+
     def close(self) -> None:
         """Stop following; the graph is saved if it changed. Idempotent."""
         self._closing.set()
         self._wake.set()
         if self._thread is not None:
             self._thread.join()
+        while self._wanted:
+            self._wanted.popleft().cancel()
 
     def set_model(self, model_id: str, dimension: int) -> None:
         """The model whose vectors count from now on. Vectors of another one are dropped at once."""
@@ -174,7 +187,7 @@ class SearchIndex:
                 self._wake.clear()
                 busy = self._apply(conn, view)
                 busy = self._grow(view) or busy
-                if self._clock() - self._snapshot_at_s >= self._settings.snapshot_s:
+                if self._wanted or self._clock() - self._snapshot_at_s >= self._settings.snapshot_s:
                     self._save(view)
                 if not busy and self._wake.wait(_POLL_S):
                     self._closing.wait(_GATHER_S)
@@ -260,4 +273,9 @@ class SearchIndex:
 
     def _save(self, view: View) -> None:
         self._snapshot_at_s = self._clock()
-        graph_file.save(self._folder, view, self._settings)
+        waiting = len(self._wanted)
+        saved = graph_file.save(self._folder, view, self._settings)
+        for _ in range(waiting):
+            wanted = self._wanted.popleft()
+            if wanted.set_running_or_notify_cancel():
+                wanted.set_result(saved)

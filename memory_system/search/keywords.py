@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Protocol
 
+from memory_system.lifecycle_settings import LifecycleSettings
 from memory_system.search.scope import Scope
 from memory_system.search.tokens import Tokenizer, query_words
-from memory_system.settings import LifecycleSettings
 
 # More words than this make a query slower, not better: the rarest stay.
 MAX_WORDS: Final = 64

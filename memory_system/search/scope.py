@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from memory_system.filters import MATCH_ALL, Filter
-from memory_system.settings import LifecycleSettings
+from memory_system.lifecycle_settings import LifecycleSettings
 from memory_system.storage.filter_sql import compile_filter
 
 

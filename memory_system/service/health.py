@@ -34,7 +34,8 @@ _HEARTBEAT: Final = (
 
 
 class HealthService:
-    """`process()` gives the program's own figures (uptime_s, in_flight, ...), `traffic()` the counters of requests."""
+    """`process()` gives the program's own figures (uptime_s, in_flight, ...), `traffic()` the counters of requests,
+    `runs()` what maintenance is under way."""
 
     def __init__(
         self,
@@ -47,6 +48,7 @@ class HealthService:
         embedding: EmbeddingQueue,
         process: Callable[[], Mapping[str, Any]],
         traffic: Callable[[], Mapping[str, Any]],
+        runs: Callable[[], Mapping[str, Any]],
     ) -> None:
         self._database = database
         self._writer = writer
@@ -57,6 +59,7 @@ class HealthService:
         self._embedding = embedding
         self._process = process
         self._traffic = traffic
+        self._runs = runs
         self._was_healthy = False  # what loads again was lost
 
     def health_check(self, call: Call, p: m.NoParams) -> Reply:
@@ -96,6 +99,7 @@ class HealthService:
             "disk_free_bytes": disk_free_bytes(self._database),
             "breakers": {} if readiness["redis"] == "off" else {"redis": self._caches.redis.breaker},
             "caches": self._caches.stats(),
+            "maintenance": self._runs(),
             **self._traffic(),
         }
 

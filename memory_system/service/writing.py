@@ -15,7 +15,7 @@ from memory_system.digest import content_digest
 from memory_system.errors import InvalidField, MemorySystemError
 from memory_system.lifecycle import SESSION_TYPE
 from memory_system.service import Reply, Result
-from memory_system.storage import memories, relations, removal, sessions
+from memory_system.storage import accesses, memories, relations, removal, sessions
 from memory_system.storage.context import WriteContext
 from memory_system.storage.idempotency import Key
 from memory_system.storage.jobs import WriteJob
@@ -92,8 +92,8 @@ class WritingService:
             content=p.content,
             content_digest=content_digest(p.content),
             memory_type=p.memory_type,
-            memory_tier=p.memory_tier,
-            importance=p.importance,
+            memory_tier=None if p.memory_tier is UNSET else p.memory_tier,
+            importance=None if p.importance is UNSET else p.importance,
             metadata=call.metadata(p.metadata, f"{where}metadata") or {},
             tags=list(dict.fromkeys(p.tags or ())),
             parent_id=p.parent_id,
@@ -140,7 +140,8 @@ class WritingService:
         return self._write(call, partial(removal.forget, user_id=p.user_id, session_id=p.session_id))
 
     def reinforce_memory(self, call: Call, p: m.ReinforceMemory) -> Result:
-        return self._write(call, partial(memories.reinforce, memory_id=p.memory_id, factor=p.reinforcement_factor))
+        factor = None if p.reinforcement_factor is UNSET else p.reinforcement_factor
+        return self._write(call, partial(accesses.reinforce, memory_id=p.memory_id, factor=factor))
 
     def add_relationship(self, call: Call, p: m.AddRelationship) -> Result:
         if p.source_id == p.target_id:

@@ -6,8 +6,8 @@ import sqlite3
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from memory_system.lifecycle_settings import LifecycleSettings
 from memory_system.models import Memory
-from memory_system.settings import LifecycleSettings
 from memory_system.storage.rows import RecordView
 
 Reply = dict[str, Any]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from memory_system.filters import And, Condition, Filter, Not
-from memory_system.settings import LifecycleSettings
+from memory_system.lifecycle_settings import LifecycleSettings
 
 Sql = tuple[str, list[Any]]
 

@@ -17,8 +17,9 @@ from memory_system.errors import (
     StorageFailed,
     StorageFull,
 )
+from memory_system.lifecycle_settings import LifecycleSettings
 from memory_system.log import get_logger
-from memory_system.settings import LifecycleSettings, StorageSettings
+from memory_system.settings import StorageSettings
 from memory_system.storage import idempotency
 from memory_system.storage.context import Reply, WriteContext
 from memory_system.storage.jobs import Lanes, WriteJob

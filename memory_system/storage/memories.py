@@ -1,4 +1,4 @@
-"""Writing memories: add, update, reinforce. Each function runs inside a request's savepoint."""
+"""Writing memories: add and update. Each function runs inside a request's savepoint."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from memory_system.errors import (
 from memory_system.lifecycle import SESSION_TYPE
 from memory_system.models import Memory, UpdatePayload
 from memory_system.protocol import MAX_METADATA_BYTES
-from memory_system.storage import rows
+from memory_system.storage import ageing, rows
 from memory_system.storage.context import Removed, Reply, WriteContext
 
 _counter = itertools.count(int.from_bytes(os.urandom(2)))
@@ -30,13 +30,16 @@ _DECAY_FIELDS: Final = ("memory_type", "memory_tier", "importance", "expires_at"
 
 
 class NewMemory(Struct, frozen=True, kw_only=True):
-    """A checked request to add a memory; `parent_id` UNSET means the session, None means none."""
+    """A checked request to add a memory; `parent_id` UNSET means the session, None means none.
+
+    `memory_tier` and `importance` None: what the settings say of its type.
+    """
 
     content: str
     content_digest: bytes
     memory_type: str
-    memory_tier: str
-    importance: float
+    memory_tier: str | None
+    importance: float | None
     metadata: dict[str, Any]
     tags: list[str]
     parent_id: str | UnsetType | None
@@ -100,6 +103,7 @@ def insert(context: WriteContext, new: NewMemory, memory_id: str | None = None) 
 
 def _fresh(context: WriteContext, new: NewMemory, memory_id: str) -> Memory:
     parent_id, session_id, user_id = _place(context, new)
+    memory_tier, importance = lifecycle.start_of(context.lifecycle, new.memory_type)
     now_s = context.now_s
     return Memory(
         row_id=0,
@@ -108,8 +112,8 @@ def _fresh(context: WriteContext, new: NewMemory, memory_id: str) -> Memory:
         content=new.content,
         content_digest=new.content_digest,
         memory_type=new.memory_type,
-        memory_tier=new.memory_tier,
-        importance=new.importance,
+        memory_tier=memory_tier if new.memory_tier is None else new.memory_tier,
+        importance=importance if new.importance is None else new.importance,
         importance_at=now_s,
         access_count=0,
         last_accessed_at=None,
@@ -167,16 +171,8 @@ def _parent(context: WriteContext, parent_id: str) -> Memory:
 
 
 def due_at(context: WriteContext, memory: Memory) -> float | None:
-    return lifecycle.due_at(
-        context.lifecycle,
-        memory_type=memory.memory_type,
-        memory_tier=memory.memory_tier,
-        importance=memory.importance,
-        importance_at_s=memory.importance_at,
-        access_count=memory.access_count,
-        tier_since_s=memory.tier_since,
-        expires_at_s=memory.expires_at,
-    )
+    """When the lifecycle has to decide about the memory; see lifecycle.due_at."""
+    return lifecycle.due_at(context.lifecycle, memory)
 
 
 def update(context: WriteContext, change: Update) -> Reply:
@@ -192,7 +188,7 @@ def update(context: WriteContext, change: Update) -> Reply:
             current=context.view.record(old, context.now_s),
         )
     memory = _changed(context, old, change)
-    _keep_history(context, old, change.updated_by)
+    keep_history(context, old, change.updated_by)
     _write(context, memory)
     context.log_change(memory.row_id, "put")
     if memory.content_digest != old.content_digest:
@@ -208,6 +204,28 @@ def update(context: WriteContext, change: Update) -> Reply:
 
 
 def _changed(context: WriteContext, old: Memory, change: Update) -> Memory:
+    given = _given(context, old, change)
+    state = given.pop("state", old.state)
+    if state != old.state:
+        # An importance that is given stands as it is; otherwise what is brought back gets a least one.
+        old = _in_state(context, old, state)
+    if not given.keys().isdisjoint(_DECAY_FIELDS):
+        given.setdefault("importance", context.view.importance(old, context.now_s))
+        given["importance_at"] = context.now_s
+    if given.get("memory_tier", old.memory_tier) != old.memory_tier:
+        given |= {"tier_since": context.now_s, "tier_accesses": 0, "promote_at": None}
+    memory = msgspec.structs.replace(old, **given, version=old.version + 1, updated_at=context.now_s)
+    return msgspec.structs.replace(memory, due_at=due_at(context, memory))
+
+
+def _in_state(context: WriteContext, memory: Memory, state: str) -> Memory:
+    if state == "archived":
+        return ageing.archived(context.lifecycle, memory, context.now_s)
+    return ageing.restored(context.lifecycle, memory, context.view.importance(memory, context.now_s), context.now_s)
+
+
+def _given(context: WriteContext, old: Memory, change: Update) -> dict[str, Any]:
+    """The fields that the update names, checked against what is stored, with what follows from them alone."""
     payload = change.payload
     given = {name: value for name in payload.__struct_fields__ if (value := getattr(payload, name)) is not UNSET}
     given.pop("metadata")
@@ -216,7 +234,8 @@ def _changed(context: WriteContext, old: Memory, change: Update) -> Memory:
     if "tags" in given:
         given["tags"] = list(dict.fromkeys(given["tags"] or ()))
     if given.get("parent_id") is not None:
-        _check_cycle(context, old, given["parent_id"])
+        _parent(context, given["parent_id"])
+        check_cycle(context, old, given["parent_id"])
     new_type = given.get("memory_type", old.memory_type)
     if new_type != old.memory_type and SESSION_TYPE in (old.memory_type, new_type):
         raise InvalidField(
@@ -224,13 +243,7 @@ def _changed(context: WriteContext, old: Memory, change: Update) -> Memory:
         )
     if "content" in given:
         given["content_digest"] = change.content_digest
-    if not given.keys().isdisjoint(_DECAY_FIELDS):
-        given.setdefault("importance", context.view.importance(old, context.now_s))
-        given["importance_at"] = context.now_s
-    if given.get("memory_tier", old.memory_tier) != old.memory_tier:
-        given["tier_since"] = context.now_s
-    memory = msgspec.structs.replace(old, **given, version=old.version + 1, updated_at=context.now_s)
-    return msgspec.structs.replace(memory, due_at=due_at(context, memory))
+    return given
 
 
 def _merged(old: Memory, change: Update) -> dict[str, Any]:
@@ -249,9 +262,8 @@ def _merged(old: Memory, change: Update) -> dict[str, Any]:
     return merged
 
 
-def _check_cycle(context: WriteContext, memory: Memory, parent_id: str) -> None:
-    """Raise Cycle when `parent_id` is the memory or below it, MemoryNotFound when it is not there."""
-    _parent(context, parent_id)
+def check_cycle(context: WriteContext, memory: Memory, parent_id: str) -> None:
+    """Raise Cycle when `parent_id` is the memory or below it."""
     above = context.db.execute(
         "WITH RECURSIVE above (memory_id) AS (SELECT ? UNION SELECT m.parent_id FROM memories m JOIN above a "
         "ON m.namespace = ? AND m.memory_id = a.memory_id WHERE m.parent_id IS NOT NULL) "
@@ -264,7 +276,8 @@ def _check_cycle(context: WriteContext, memory: Memory, parent_id: str) -> None:
         )
 
 
-def _keep_history(context: WriteContext, old: Memory, replaced_by: str) -> None:
+def keep_history(context: WriteContext, old: Memory, replaced_by: str) -> None:
+    """Keep the version that is about to be replaced."""
     context.db.execute(
         "INSERT INTO memory_history (row_id, version, record, replaced_at, replaced_by) VALUES (?, ?, ?, ?, ?)",
         (old.row_id, old.version, rows.to_json(context.view.record(old, context.now_s)), context.now_s, replaced_by),
@@ -278,49 +291,3 @@ _UPDATE: Final = f"UPDATE memories SET {', '.join(f'{name} = ?' for name in _UPD
 def _write(context: WriteContext, memory: Memory) -> None:
     values = dict(zip(rows.FIELDS[1:], rows.row_from_memory(memory), strict=True))
     context.db.execute(_UPDATE, [values[name] for name in _UPDATED] + [memory.row_id])
-
-
-def reinforce(context: WriteContext, memory_id: str, factor: float) -> Reply:
-    """importance := min(1, importance now * factor), the clock of its decay starts anew, and it counts as an access."""
-    old = rows.fetch(context.db, context.namespace, memory_id, context.now_s)
-    importance = min(1.0, context.view.importance(old, context.now_s) * factor)
-    memory = touched(context, old, importance, 1, context.now_s)
-    context.changes.written.append(memory)
-    return {"memory_id": memory_id, "new_importance": importance}
-
-
-def touched(context: WriteContext, old: Memory, importance: float, accesses: int, accessed_at_s: float) -> Memory:
-    """Write a new importance as of now, together with the accesses that led to it."""
-    memory = msgspec.structs.replace(
-        old,
-        importance=importance,
-        importance_at=context.now_s,
-        access_count=old.access_count + accesses,
-        last_accessed_at=accessed_at_s,
-    )
-    memory = msgspec.structs.replace(memory, due_at=due_at(context, memory))
-    context.db.execute(
-        "UPDATE memories SET importance = ?, importance_at = ?, access_count = ?, last_accessed_at = ?, due_at = ? "
-        "WHERE row_id = ?",
-        (
-            memory.importance,
-            memory.importance_at,
-            memory.access_count,
-            memory.last_accessed_at,
-            memory.due_at,
-            memory.row_id,
-        ),
-    )
-    return memory
-
-
-def flush_accesses(context: WriteContext, accesses: dict[int, tuple[int, float, float]]) -> Reply:
-    """Write buffered accesses: row_id -> (how many, their summed weight, the last one's time).
-
-    importance := min(1, importance now + weight).
-    """
-    for old in rows.fetch_rows(context.db, accesses):
-        count, weight, last_s = accesses[old.row_id]
-        importance = min(1.0, context.view.importance(old, context.now_s) + weight)
-        context.changes.written.append(touched(context, old, importance, count, last_s))
-    return {"flushed": len(context.changes.written)}

@@ -19,6 +19,46 @@ SCHEMA_FILE: Final = Path(__file__).resolve().parents[2] / "schema.sql"
 STEPS: Final[tuple[str, ...]] = (
     # list_sessions looked at every memory of the namespace.
     "CREATE INDEX sessions_by_creation ON memories (namespace, created_at) WHERE memory_type = 'session';",
+    # Ageing: archived memories, early promotion, runs of maintenance, consolidation.
+    """
+ALTER TABLE memories ADD COLUMN archived_at REAL;
+ALTER TABLE memories ADD COLUMN tier_accesses INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE memories ADD COLUMN promote_at REAL;
+UPDATE memories SET archived_at = updated_at WHERE state = 'archived';
+CREATE TABLE maintenance_runs (
+    run_id      INTEGER PRIMARY KEY AUTOINCREMENT,
+    job         TEXT    NOT NULL,
+    request_id  TEXT    UNIQUE,
+    asked       TEXT    NOT NULL,
+    asked_by    TEXT    NOT NULL,
+    as_of       REAL    NOT NULL,
+    dry_run     INTEGER NOT NULL CHECK (dry_run IN (0, 1)),
+    started_at  REAL    NOT NULL,
+    finished_at REAL,
+    state       TEXT    NOT NULL CHECK (state IN ('running', 'done', 'failed', 'interrupted')),
+    result      TEXT,
+    error       TEXT
+) STRICT;
+CREATE INDEX maintenance_runs_by_job ON maintenance_runs (job, run_id);
+CREATE TABLE consolidations (
+    row_id     INTEGER PRIMARY KEY REFERENCES memories (row_id) ON DELETE CASCADE,
+    kind       TEXT NOT NULL CHECK (kind IN ('summary', 'duplicates')),
+    summariser TEXT NOT NULL,
+    pieces     TEXT,
+    created_at REAL NOT NULL
+) STRICT;
+CREATE TABLE consolidation_members (
+    row_id        INTEGER NOT NULL REFERENCES consolidations (row_id) ON DELETE CASCADE,
+    member_row_id INTEGER NOT NULL REFERENCES memories (row_id) ON DELETE CASCADE,
+    before        TEXT    NOT NULL,
+    PRIMARY KEY (row_id, member_row_id)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX consolidation_members_by_member ON consolidation_members (member_row_id);
+CREATE TABLE consolidations_undone (
+    row_id    INTEGER PRIMARY KEY REFERENCES memories (row_id) ON DELETE CASCADE,
+    undone_at REAL NOT NULL
+) STRICT;
+""",
 )
 CURRENT_VERSION: Final = len(STEPS) + 1
 

@@ -11,8 +11,8 @@ from msgspec import Struct
 from memory_system.errors import InvalidCursor
 from memory_system.filters import Filter
 from memory_system.lifecycle import SESSION_TYPE
+from memory_system.lifecycle_settings import LifecycleSettings
 from memory_system.models import Memory
-from memory_system.settings import LifecycleSettings
 from memory_system.storage import rows, sessions
 from memory_system.storage.filter_sql import compile_filter, importance_sql
 from memory_system.storage.readers import Readers

@@ -1,4 +1,5 @@
-"""Deleting means gone: the record, its history, relations, group entries, vector and texts in the index.
+"""Deleting means gone: the record, its history, relations, group entries, vector and texts in the index, and what a
+consolidated memory says of it.
 
 Foreign keys with ON DELETE CASCADE take what hangs on one row; a subtree is found by a recursive query, because
 SQLite's own cascade stops at 1,000 levels.
@@ -7,7 +8,7 @@ SQLite's own cascade stops at 1,000 levels.
 from __future__ import annotations
 
 from memory_system.lifecycle import SESSION_TYPE
-from memory_system.storage import rows
+from memory_system.storage import consolidations, rows
 from memory_system.storage.context import Removed, Reply, WriteContext
 
 Doomed = tuple[int, str, str, bytes, str]  # row_id, namespace, memory_id, content digest, memory_type
@@ -30,9 +31,9 @@ def delete(context: WriteContext, memory_id: str, *, cascade: bool) -> Reply:
     if row is None:
         raise rows.not_found(memory_id)
     if cascade:
-        return {"deleted": _remove(context, _subtree(context, [memory_id]))}
+        return {"deleted": remove(context, _subtree(context, [memory_id]))}
     _hand_over_children(context, memory_id, row[5])
-    return {"deleted": _remove(context, [row[:5]])}
+    return {"deleted": remove(context, [row[:5]])}
 
 
 def forget(context: WriteContext, *, user_id: str | None, session_id: str | None) -> Reply:
@@ -41,7 +42,7 @@ def forget(context: WriteContext, *, user_id: str | None, session_id: str | None
     roots = context.db.execute(
         f"SELECT memory_id FROM memories WHERE namespace = ? AND {column} = ?", (context.namespace, value)
     )
-    return {"deleted": _remove(context, _subtree(context, [row[0] for row in roots]))}
+    return {"deleted": remove(context, _subtree(context, [row[0] for row in roots]))}
 
 
 def _subtree(context: WriteContext, roots: list[str]) -> list[Doomed]:
@@ -59,7 +60,9 @@ def _hand_over_children(context: WriteContext, memory_id: str, grandparent_id: s
         context.changes.stale.append((context.namespace, child_id))
 
 
-def _remove(context: WriteContext, doomed: list[Doomed]) -> int:
+def remove(context: WriteContext, doomed: list[Doomed]) -> int:
+    """Delete these rows; nothing may hang below them but what is deleted with them. Returns how many."""
+    consolidations.before_removal(context, [row_id for row_id, *_ in doomed])
     # One statement, so that a parent and its children may go in any order.
     context.db.execute(
         "DELETE FROM memories WHERE row_id IN (SELECT value FROM json_each(?))",

@@ -10,8 +10,8 @@ import msgspec
 
 from memory_system import lifecycle
 from memory_system.errors import MemoryNotFound
+from memory_system.lifecycle_settings import LifecycleSettings
 from memory_system.models import Memory
-from memory_system.settings import LifecycleSettings
 
 FIELDS: Final = Memory.__struct_fields__
 COLUMNS: Final = ", ".join(FIELDS)
@@ -85,8 +85,7 @@ class RecordView:
         self._settings = settings
 
     def importance(self, memory: Memory, now_s: float) -> float:
-        rate = lifecycle.decay_rate(self._settings, memory.memory_type, memory.memory_tier)
-        return lifecycle.importance_at(memory.importance, memory.importance_at, memory.access_count, rate, now_s)
+        return lifecycle.importance_now(self._settings, memory, now_s)
 
     def record(self, memory: Memory, now_s: float) -> dict[str, Any]:
         """The memory record of docs/protocol.md."""

@@ -8,16 +8,21 @@ with it. Nothing is reported before COMMIT has returned.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 import sqlite3
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
+from memory_system.lifecycle_settings import LifecycleSettings
 from memory_system.log import get_logger
-from memory_system.settings import LifecycleSettings, StorageSettings
-from memory_system.storage.context import Changes, Reply
+from memory_system.settings import StorageSettings
+from memory_system.storage.context import Changes, Reply, WriteContext
+from memory_system.storage.database import BUSY_TIMEOUT_MS
 from memory_system.storage.group import SYNC_ERRORS, Group, GroupRunner, Outcome, error_name, restarting
 from memory_system.storage.jobs import Identity, Lanes, WriteJob
 
@@ -50,6 +55,7 @@ class Writer:
         self._under_way: set[Identity | None] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
+        self._checkpoints: deque[asyncio.Future[Reply]] = deque()  # who waits for one
         self._failed: Exception | None = None
         self._closed = False
         self.last_commit_at: float | None = None
@@ -83,6 +89,17 @@ class Writer:
             self._queue.put(job)
         return job.future
 
+    def checkpoint(self) -> asyncio.Future[Reply]:
+        """Have the log moved into the database, between two groups, as far as no reader needs it any more.
+
+        The future holds log_frames (how many pages the log had) and moved_frames (how many of them were moved).
+        """
+        assert self._loop is not None, "start() comes first"
+        wanted: asyncio.Future[Reply] = self._loop.create_future()
+        self._checkpoints.append(wanted)
+        self.submit(WriteJob(_nothing, "", counted=False)).add_done_callback(partial(_passed_on, wanted))
+        return wanted
+
     def is_under_way(self, identity: Identity) -> bool:
         """Whether a write with this idempotency key waits or runs."""
         return identity in self._under_way
@@ -110,6 +127,7 @@ class Writer:
                 if not self._take_waiting():
                     self._queue.put(None)
                 self._deliver(self._runner.run(self._waiting))
+                self._checkpoint_for_callers()
             except Exception as error:  # noqa: BLE001  a writer that dies silently would hang every caller
                 self._fail(error)
                 break
@@ -132,6 +150,18 @@ class Writer:
             if job is None:
                 return False
             self._waiting.add(job)
+
+    def _checkpoint_for_callers(self) -> None:
+        while self._checkpoints:
+            wanted = self._checkpoints.popleft()
+            _, pages, moved = _checkpoint(self._db, "PASSIVE")
+            if pages == moved and pages > 0:  # so nobody has to be waited for, and the file gets small
+                self._db.execute("PRAGMA busy_timeout = 0")
+                _checkpoint(self._db, "TRUNCATE")
+                self._db.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
+            with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody waits
+                assert self._loop is not None
+                self._loop.call_soon_threadsafe(_settle, wanted, {"log_frames": pages, "moved_frames": moved})
 
     def _deliver(self, group: Group) -> None:
         assert self._loop is not None
@@ -186,11 +216,33 @@ class Writer:
             self._db.close()
 
 
-def _checkpoint(db: sqlite3.Connection, mode: str) -> None:
-    """Move the log into the database. Nothing is lost when it fails, unless it was the sync that failed."""
+def _checkpoint(db: sqlite3.Connection, mode: str) -> tuple[int, int, int]:
+    """Move the log into the database: (whether it was hindered, pages in the log, pages moved).
+
+    (1, 0, 0) for a failure; nothing is lost then, unless it was the sync that failed.
+    """
     try:
-        db.execute(f"PRAGMA wal_checkpoint({mode})").fetchone()
+        found: tuple[int, int, int] = db.execute(f"PRAGMA wal_checkpoint({mode})").fetchone()
     except sqlite3.Error as error:
         if getattr(error, "sqlite_errorcode", None) in SYNC_ERRORS:
             raise
         log.warning("checkpoint_failed", error=error_name(error), exc_info=error)
+        return 1, 0, 0
+    return found
+
+
+def _nothing(context: WriteContext) -> Reply:
+    """A job that wakes the writer."""
+    return {}
+
+
+def _settle(wanted: asyncio.Future[Reply], reply: Reply) -> None:
+    if not wanted.done():
+        wanted.set_result(reply)
+
+
+def _passed_on(wanted: asyncio.Future[Reply], job: asyncio.Future[Reply]) -> None:
+    """A writer that takes no jobs makes no checkpoint either."""
+    error = None if job.cancelled() else job.exception()
+    if error is not None and not wanted.done():
+        wanted.set_exception(error)

@@ -76,10 +76,44 @@ def valid_requests(memory_id: str, session_id: str, group_id: int) -> list[dict[
         ("get_commit_seq", {}),
         ("health_check", {}),
         ("get_request_status", {"request_id": "0123456789abcdef"}),
+        ("run_decay", {"namespaces": ["default"], "dry_run": True, "limit": 2}),
+        ("run_consolidation", {"as_of": 1.7e9}),
+        ("undo_consolidation", {"memory_id": memory_id, "dry_run": True}),
+        ("run_cleanup", {"namespaces": ["nobody", "default"], "as_of": 1.7e9}),
+        ("run_snapshot", {}),
+        ("run_checkpoint", {}),
+        ("run_integrity_check", {"full": False, "limit": 1}),
+        ("list_runs", {"job": "decay", "run_state": "done", "limit": 2}),
+        ("export_memories", {"limit": 2, "vectors": True}),
+        ("import_memories", {"records": lines_of_every_kind(), "on_conflict": "overwrite"}),
     ]  # fmt: skip
     around = {"v": 1, "request_id": "0123456789abcdef", "agent_id": "fuzz", "namespace": "default", "deadline_ms": 5000}
     requests = [{**around, "action": action, "data": data} for action, data in datas]
     return requests + [{"action": action, "data": data, "session_id": session_id} for action, data in datas]
+
+
+# The one that writes files, and the one that takes words out of the index for a while: the polite caller misses them.
+NOT_SENT = {"backup", "reindex"}
+
+
+def lines_of_every_kind() -> list[dict[str, Any]]:
+    first = {"kind": "memory", "memory_id": "mem-in-1", "content": "from an export", "created_at": 1.7e9}
+    record = {"memory_id": "mem-in-1", "content": "as it was", "metadata": {"a": [1]}}
+    ends = {"source_id": "mem-in-1", "target_id": "mem-in-2"}
+    return [
+        {"kind": "group", "group_id": 4711, "name": "from an export", "created_at": 1.7e9},
+        {**first, "metadata": {"a": {"b": 1.5}}, "tags": ["x"], "version": 2, "state": "archived"},
+        {**first, "memory_id": "mem-in-2", "parent_id": "mem-in-1", "vector": {"model_id": "m", "data": "AACAPw=="}},
+        {**first, "memory_id": "mem-in-3", "memory_type": "session", "session": {"session_type": "call"}},
+        {"kind": "parent", "memory_id": "mem-in-1", "parent_id": "mem-in-3"},
+        {"kind": "history", "memory_id": "mem-in-1", "version": 1, "record": record, "replaced_at": 1.7e9},
+        {"kind": "relationship", **ends, "relationship_type": "follows", "strength": 0.5, "created_at": 1.7e9},
+        {"kind": "member", "group": "from an export", "memory_id": "mem-in-1", "added_at": 1.7e9},
+        {
+            **{"kind": "consolidation", "memory_id": "mem-in-2", "consolidation_kind": "summary", "created_at": 1.7e9},
+            **{"pieces": [["mem-in-1", "text"]], "members": [{"memory_id": "mem-in-1", "before": {"due_at": None}}]},
+        },
+    ]  # fmt: skip
 
 
 # -- mutations --------------------------------------------------------------------------------------------------
@@ -210,7 +244,7 @@ def test_the_same_seed_sends_the_same_bytes() -> None:
     first, second = iter(Mutations(7, corpus)), iter(Mutations(7, corpus))
     assert [next(first) for _ in range(2000)] == [next(second) for _ in range(2000)]
     actions = {protocol.ACTION_ALIASES.get(request["action"], request["action"]) for request in corpus}
-    assert actions == protocol.ACTIONS
+    assert actions == protocol.ACTIONS - NOT_SENT
 
 
 # -- the run ----------------------------------------------------------------------------------------------------

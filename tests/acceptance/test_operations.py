@@ -20,6 +20,7 @@ PROJECT = Path(__file__).resolve().parent.parent.parent
 PC2 = [sys.executable, str(PROJECT / "scripts" / "pc2.py")]
 TARGETS = ["start-pc2", "stop-pc2", "status", "logs", "demo", "test", "lint", "type", "fuzz", "bench", "clean"]
 TARGETS += ["install-boot", "uninstall-boot", "tail-errors"]
+TARGETS += ["jobs", "run-job", "backup", "restore", "export", "import"]
 HEALTH_PORTS = ("port", "publish_port", "mesh_port", "report_port")
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
@@ -51,7 +52,7 @@ class Host:
     def __init__(self, folder: Path, run_dir: Path) -> None:
         self.folder = folder
         self.run_dir = run_dir
-        self.port, *health = free_ports(1 + len(HEALTH_PORTS))
+        self.port, self.scheduler_port, *health = free_ports(2 + len(HEALTH_PORTS))
         self.health_ports = dict(zip(HEALTH_PORTS, health, strict=True))
 
     def environ(self, **overrides: str) -> dict[str, str]:
@@ -60,8 +61,10 @@ class Host:
             **kept,
             "MEMORY_RUN_DIR": str(self.run_dir),
             "MEMORY__NETWORK__PORT": str(self.port),
+            "MEMORY__SCHEDULER__PORT": str(self.scheduler_port),
             **{f"MEMORY__HEALTH__{name.upper()}": str(port) for name, port in self.health_ports.items()},
             "MEMORY__STORAGE__PATH": str(self.folder / "memory.db"),
+            "MEMORY__BACKUP__DIR": str(self.folder / "backups"),
             "MEMORY__ERROR_BUS__HISTORY_PATH": str(self.folder / "health.db"),
             "MEMORY__LOG__DIR": str(self.folder / "logs"),
             "MEMORY__EMBEDDING__PROVIDER": "stub",
@@ -83,9 +86,9 @@ class Host:
         return next((row for row in table(self.pc2("status").stdout) if row["PROGRAM"] == program), {})
 
     def is_well(self) -> bool:
-        """Whether the health manager itself says that both programs are healthy."""
+        """Whether the health manager itself says that all programs are healthy."""
         done = self.pc2("status")
-        return done.stderr == "" and [row["STATE"] for row in table(done.stdout)[:2]] == ["healthy"] * 2
+        return done.stderr == "" and [row["STATE"] for row in table(done.stdout)[:3]] == ["healthy"] * 3
 
 
 def table(text: str) -> list[dict[str, str]]:
@@ -108,7 +111,7 @@ def host(tmp_path: Path) -> Iterator[Host]:
 
 def assert_nothing_runs(host: Host, **overrides: str) -> None:
     assert host.pc2("status", **overrides).returncode == 3
-    for port in (host.port, *host.health_ports.values()):
+    for port in (host.port, host.scheduler_port, *host.health_ports.values()):
         with socket.socket() as sock:
             assert sock.connect_ex(("127.0.0.1", port)) != 0
 
@@ -169,12 +172,12 @@ def test_what_outlives_its_supervisord_is_stopped(host: Host) -> None:
 
 def test_the_health_manager_starts_first_ends_last_and_is_restarted(host: Host) -> None:
     assert host.pc2("start").returncode == 0
-    wait_for(host.is_well, "the health manager's word on both programs")
+    wait_for(host.is_well, "the health manager's word on all programs")
     assert all(row["SINCE"] != "-" for row in table(host.pc2("status").stdout))
     first_pid = host.row("health_manager")["PID"]
     os.kill(int(first_pid), signal.SIGKILL)
     wait_for(lambda: host.row("health_manager").get("PID") not in {first_pid, "-"}, "a restart", timeout_s=5.0)
-    wait_for(host.is_well, "the new one's word on both programs")
+    wait_for(host.is_well, "the new one's word on all programs")
     assert host.pc2("stop").returncode == 0
     log = (host.folder / "logs" / "supervisord.log").read_text()
     assert log.index("spawned: 'health_manager'") < log.index("spawned: 'orchestrator'")
@@ -191,7 +194,7 @@ def test_status_without_the_health_manager_says_so_and_looks_itself(host: Host) 
         os.kill(pid, signal.SIGCONT)
     assert done.returncode == 1
     assert done.stderr.splitlines() == ["the health manager does not answer: each program was asked by itself"]
-    orchestrator, manager = table(done.stdout)
+    orchestrator, manager, _ = table(done.stdout)
     assert (orchestrator["STATE"], orchestrator["SINCE"]) == ("healthy", "-")
     assert orchestrator["REASON"] == "it answers"
     assert (manager["STATE"], manager["PID"]) == ("no answer", str(pid))
@@ -254,7 +257,11 @@ def foreground(host: Host) -> Iterator[subprocess.Popen[str]]:
 def test_run_is_supervisord_in_the_foreground(host: Host, foreground: subprocess.Popen[str]) -> None:
     waited = host.pc2("wait", MAINPID=str(foreground.pid))
     assert waited.returncode == 0, waited.stderr
-    assert [row["PROGRAM"] for row in table(waited.stdout)[:2]] == ["orchestrator", "health_manager"]
+    assert [row["PROGRAM"] for row in table(waited.stdout)[:3]] == [
+        "orchestrator",
+        "health_manager",
+        "memory_scheduler",
+    ]
     assert (host.run_dir / "supervisord.pid").read_text().strip() == str(foreground.pid)
     assert_one_line(host.pc2("run"), f"already running under supervisord, pid {foreground.pid}")
     assert host.pc2("start").returncode == 0

@@ -218,8 +218,8 @@ def test_peers_that_are_not_named_are_refused_in_words() -> None:
     """The decision alone: the tests send nothing to other addresses than loopback."""
 
     class Outcomes(list[str | None]):
-        def handle(self, body: bytes, reply: object, peer: bytes) -> None:
-            self.append(None)
+        def handle(self, body: bytes, reply: object, peer: bytes, address: str) -> None:
+            self.append(address)
 
         def refuse(self, body: bytes, error: MemorySystemError) -> bytes:
             self.append(error.message)
@@ -237,7 +237,7 @@ def test_peers_that_are_not_named_are_refused_in_words() -> None:
             service.server.close()
 
     loopback, named, stranger = asyncio.run(objections())
-    assert loopback is None and named is None
+    assert (loopback, named) == ("127.0.0.1", "198.51.100.7")
     assert stranger is not None and "203.0.113.9" in stranger and "security.insecure_peers" in stranger
 
 

@@ -100,7 +100,9 @@ def decoded(request: dict[str, Any]) -> models.Params:
 
 
 def test_every_action_has_a_method() -> None:
-    assert set(METHODS) == set(models.PARAMS) == protocol.ACTIONS
+    """Admin actions excepted: an operator runs them by `call`."""
+    assert set(models.PARAMS) == protocol.ACTIONS
+    assert set(METHODS) == protocol.ACTIONS - protocol.ADMIN_ACTIONS
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -123,6 +125,19 @@ def test_a_method_sends_its_action_and_fields(name: str, make: Callable[..., Any
     empty = decoded({"action": name, "data": required})
     for field in set(short["data"]) - set(required):
         assert short["data"][field] == getattr(empty, field), field
+
+
+def test_what_a_type_may_say_is_left_to_the_service(make: Callable[..., Any], server: FakeOrchestrator) -> None:
+    client = make()
+    client.add_memory("x", memory_type="fact", memory_tier="short", importance=0.5)
+    client.add_memory("x", memory_type="fact", memory_tier="medium", importance=0.51)
+    client.reinforce_memory("m", 1.2)
+    client.reinforce_memory("m", 1.3)
+    added, named, plain, given = (request["data"] for request in server.requests)
+    assert set(added) == {"content", "memory_type"}
+    assert (named["memory_tier"], named["importance"]) == ("medium", 0.51)
+    assert plain == {"memory_id": "m"}
+    assert given["reinforcement_factor"] == 1.3
 
 
 def test_the_parent_of_a_new_memory(make: Callable[..., Any], server: FakeOrchestrator) -> None:

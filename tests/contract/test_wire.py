@@ -263,7 +263,7 @@ GOOD: dict[str, Any] = {
     "user_id": "u", "content": "c", "memory_id": "m", "parent_id": "p", "source_id": "a", "target_id": "b",
     "relationship_type": "r", "name": "n", "group_id": 1, "query": "q", "request_id": "x" * 16,
     "memories": [{"content": "c"}], "memory_ids": ["m"], "queries": [{"query": "q"}],
-    "update_payload": {"content": "c"},
+    "update_payload": {"content": "c"}, "records": [{"kind": "group", "name": "g", "created_at": 1.0}],
 }  # fmt: skip
 
 

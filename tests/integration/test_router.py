@@ -477,7 +477,7 @@ def test_a_server_whose_port_is_taken_says_so_and_leaves_nothing() -> None:
 def test_requests_wait_from_bind_to_start() -> None:
     async def scenario() -> None:
         class Echo:
-            def handle(self, body: bytes, reply: Callable[[bytes], None], peer: bytes) -> None:
+            def handle(self, body: bytes, reply: Callable[[bytes], None], peer: bytes, address: str) -> None:
                 reply(body)
 
             def refuse(self, body: bytes, error: Exception) -> bytes:

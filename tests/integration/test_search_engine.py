@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from memory_system.filters import parse_filter
+from memory_system.lifecycle_settings import LifecycleSettings
 from memory_system.search.engine import SearchEngine, SearchOutcome, SearchQuery
 from memory_system.search.index import SearchIndex
-from memory_system.settings import LifecycleSettings, SearchSettings
+from memory_system.settings import SearchSettings
 from tests.support.search_store import DIMENSION, MODEL, NOW_S, SearchStore, open_store, unit_vectors, wait_until
 
 SETTINGS = SearchSettings(filterable_metadata=("topic",))

@@ -24,7 +24,8 @@ from memory_system.errors import (
     StorageFailed,
     StorageFull,
 )
-from memory_system.settings import LifecycleSettings, StorageSettings
+from memory_system.lifecycle_settings import LifecycleSettings
+from memory_system.settings import StorageSettings
 from memory_system.storage import database, writer
 from memory_system.storage.context import Changes, Reply, WriteContext
 from memory_system.storage.idempotency import Key

@@ -1,10 +1,10 @@
-"""The programs of host PC2 as an operator runs them: the real supervisord, orchestrator and health manager.
+"""The programs of host PC2 as an operator runs them: the real supervisord, orchestrator, scheduler and health manager.
 
 with running_mesh(tmp_path) as mesh, mesh.subscriber() as bus:
     killed_s = mesh.kill9("orchestrator")
     bus.wait("HEALTH:", 3.0, component="orchestrator", state="down", after_s=killed_s)
 
-`running_mesh(tmp_path, supervised=False)` runs the two programs as processes of the test, so that a killed one stays
+`running_mesh(tmp_path, supervised=False)` runs the programs as processes of the test, so that a killed one stays
 dead until the test starts it again.
 """
 
@@ -26,14 +26,21 @@ from supervision import RunDir
 
 from memory_system.error_bus import ErrorReporter
 from memory_system.events import ERROR_TOPIC
+from memory_system.scheduler_settings import JobsSettings
 from tests.support.bus import TOPICS, Row, Subscriber
 from tests.support.process import PROJECT, free_port, wait_until
 from tests.support.wire import environment
 
-PROGRAMS = {"health_manager": "system_health_manager.py", "orchestrator": "orchestrator.py"}
+PROGRAMS = {
+    "health_manager": "system_health_manager.py",
+    "orchestrator": "orchestrator.py",
+    "memory_scheduler": "memory_scheduler.py",
+}
+JOBS = [name for name, _ in JobsSettings().items()]
 PORTS = {
     "network__port": "orchestrator",
     "health__port": "health_manager",
+    "scheduler__port": "memory_scheduler",
     "health__publish_port": "publish",
     "health__mesh_port": "mesh",
     "health__report_port": "report",
@@ -58,7 +65,9 @@ class Mesh:
         self.endpoints = {PORTS[name]: f"tcp://127.0.0.1:{port}" for name, port in ports.items()}
         self.run_folder = folder / "run"
         bus = {"error_bus__enabled": True, "error_bus__history_path": folder / "health.db"}
-        settings = {**bus, **overrides, **ports}
+        # A test of maintenance switches on the jobs that it wants.
+        quiet = {f"scheduler__jobs__{job}__enabled": False for job in JOBS}
+        settings = {**bus, **quiet, **overrides, **ports}
         self.environ = {
             **{name: value for name, value in os.environ.items() if not name.startswith("MEMORY_")},
             **environment(folder, settings),

@@ -22,6 +22,7 @@ import pytest
 
 from memory_system import dispatch
 from memory_system.runtime import Runtime
+from memory_system.service import runs
 from memory_system.settings import load_settings
 from tests.support.process import PROJECT, Orchestrator, Peer, free_port, running_orchestrator, wait_until
 from tests.support.wire import ENCODINGS, Reply, check_shape, decode, encode, envelope, environment, request_id
@@ -147,7 +148,7 @@ async def running_service(tmp_path: Path, encoding: str = "msgpack", **overrides
     fatal: list[Exception] = []
     runtime = Runtime(settings, on_fatal=fatal.append, health=lambda: {"pid": os.getpid()})
     clock = Clock()
-    with mock.patch.object(dispatch, "time", clock):
+    with mock.patch.object(dispatch, "time", clock), mock.patch.object(runs, "time", clock):
         try:
             await runtime.start()
             runtime._writer._runner._clock = clock.time

@@ -15,10 +15,10 @@ from msgspec import structs
 from memory_system.errors import InvalidFilter
 from memory_system.filters import FIELDS, MATCH_ALL, MAX_DEPTH, MAX_NODES, matches, parse_filter, parse_path
 from memory_system.lifecycle import decay_rate, importance_at
+from memory_system.lifecycle_settings import LifecycleSettings
 from memory_system.models import Memory
 from memory_system.search.columns import Columns, Row
 from memory_system.search.scope import Scope
-from memory_system.settings import LifecycleSettings
 from memory_system.storage.database import register_math
 from memory_system.storage.filter_sql import compile_filter, importance_sql
 from tests.support.search_store import SCHEMA, digest

@@ -15,7 +15,17 @@ PACKAGE = "memory_system"
 
 # Low to high. A name stands for a module or a package directly below memory_system, or for a program.
 LAYERS = (
-    ("errors", "config_loader", "health_settings", "settings", "deployment", "log", "digest", "events", ""),
+    ("errors", "config_loader", "cron"),
+    (
+        "backup_settings",
+        "consolidation_settings",
+        "health_settings",
+        "lifecycle_settings",
+        "maintenance_settings",
+        "scheduler_settings",
+        "settings",
+    ),
+    ("deployment", "log", "digest", "events", ""),
     ("process_figures", "traffic", "protocol"),
     ("outbox", "bus_sender", "error_bus", "heartbeat", "bus_log", "bus_link", "bus_progress", "bus_reader"),
     (
@@ -30,8 +40,9 @@ LAYERS = (
     ),
     ("security", "router", "request_server", "envelope", "fields", "actions"),
     ("program", "reporting", "metrics", "metrics_server"),
-    ("models", "filters", "decoding", "calls", "cursors"),
-    ("lifecycle", "storage", "cache", "embedding", "access"),
+    ("scheduling", "memory_scheduler"),
+    ("params", "admin_models", "export_models", "models", "filters", "decoding", "line_reader", "calls", "cursors"),
+    ("lifecycle", "consolidation", "storage", "cache", "embedding", "access", "clock_guard"),
     ("search",),
     ("service", "housekeeping", "health"),
     ("dispatch",),
@@ -39,11 +50,25 @@ LAYERS = (
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 # The parts that know nothing of each other.
-SERVICE = {"models", "filters", "decoding", "calls", "cursors", "lifecycle", "cache", "embedding", "access", "search"}
+SERVICE = {
+    "params",
+    "admin_models",
+    "models",
+    "filters",
+    "decoding",
+    "calls",
+    "cursors",
+    "lifecycle",
+    "cache",
+    "embedding",
+    "access",
+    "search",
+}
 STRANGERS = {
     "cache": {"storage", "embedding", "access"},
     "embedding": {"storage", "access"},
     "storage": {"cache", "embedding", "access"},
+    "consolidation": {"cache", "embedding", "storage", "access", "clock_guard"},
     "lifecycle": {"cache", "embedding", "storage", "access"},
     "health": {*SERVICE, "service", "housekeeping"},
     "service": {"health"},

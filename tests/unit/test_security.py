@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from memory_system.errors import AccessDenied, ConfigError
-from memory_system.security import PeerPolicy, check_bind, is_loopback, policy_for
+from memory_system.security import PeerPolicy, check_bind, is_admin, is_loopback, policy_for
 from memory_system.settings import NetworkSettings, SecuritySettings
 
 OPEN = SecuritySettings(allow_insecure=True, insecure_peers=("10.1.0.0/16", "192.168.5.7/32", "fd00::/8"))
@@ -75,3 +75,33 @@ def test_programs_of_this_host_come_from_the_address_that_is_listened_on(bind: s
     policy.check(address)
     with pytest.raises(AccessDenied):
         policy.check("192.0.2.3")
+
+
+@pytest.mark.parametrize("address", ["", "127.0.0.1", "127.9.9.9", "::1", "::ffff:127.0.0.1"])
+def test_who_is_of_this_machine_is_admin(address: str) -> None:
+    assert is_admin(address)
+
+
+@pytest.mark.parametrize(
+    ("address", "bind", "admin"),
+    [
+        ("10.0.0.5", "10.0.0.5", True),
+        ("::ffff:10.0.0.5", "10.0.0.5", True),
+        ("fd00::5", "[fd00::5]", True),
+        ("127.0.0.1", "10.0.0.5", True),
+        ("10.0.0.6", "10.0.0.5", False),
+        ("10.0.0.5", "0.0.0.0", False),
+        ("unknown", "localhost", False),
+        ("unknown", "unknown", False),
+    ],
+)
+def test_on_one_address_this_machines_programs_call_from_it(address: str, bind: str, admin: bool) -> None:
+    assert is_admin(address, bind) is admin
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["198.51.100.3", "0.0.0.0", "255.255.255.255", "::", "::ffff:8.8.8.8", "fe80::1", "unknown", "localhost"],
+)
+def test_others_are_not(address: str) -> None:
+    assert not is_admin(address)

@@ -12,6 +12,7 @@ import yaml
 
 from memory_system.config_loader import Key
 from memory_system.errors import ConfigError
+from memory_system.lifecycle_settings import TypeSettings
 from memory_system.settings import PROJECT, RedisSettings, Settings, config_file, load_settings
 
 KEYS = list(Settings().all_keys())
@@ -152,6 +153,39 @@ def test_numbers_are_taken_up_to_their_bounds_and_not_beyond(key: Key) -> None:
         assert f"{key.name} = " in refusal(environ={key.variable: str(value)})
 
 
+def test_types_are_a_table_of_their_own(tmp_path: Path) -> None:
+    text = "lifecycle:\n  types:\n    fact: {memory_tier: long, importance: 1}\n    note: {}\n"
+    types = load_settings(write(tmp_path, text), {}).lifecycle.types
+    assert types == {"fact": TypeSettings("long", 1.0, None), "note": TypeSettings()}
+    assert isinstance(types["fact"].importance, float)
+    environ = {"MEMORY__LIFECYCLE__TYPES": "{fact: {reinforcement_factor: 1.5}}"}
+    types = load_settings(write(tmp_path, text), environ).lifecycle.types
+    assert types == {"fact": TypeSettings(reinforcement_factor=1.5)}
+    assert load_settings(write(tmp_path, "lifecycle:\n  types:\n"), {}).lifecycle.types == {}
+
+
+@pytest.mark.parametrize(
+    ("table", "parts"),
+    [
+        ("{fact: {importnce: 1}}", ["unknown key lifecycle.types.fact.importnce", "lifecycle.types.fact.importance"]),
+        ("{fact: {importance: 2}}", ["lifecycle.types.fact.importance = 2: expected a number from 0 to 1"]),
+        ("{fact: {memory_tier: forever}}", ["lifecycle.types.fact.memory_tier = 'forever': expected one of short, m"]),
+        ("{fact: {importance: null}}", ["lifecycle.types.fact.importance = None: expected a number"]),
+        ("{fact: 0.5}", ["lifecycle.types = {'fact': 0.5}: expected a mapping of a memory type to any of memory_tier"]),
+        ("[fact]", ["lifecycle.types = ['fact']: expected a mapping"]),
+        ("{1: {}}", ["lifecycle.types = {1: {}}: expected a mapping"]),
+        ("{fact: {}, fact: {}}", ["lifecycle.types.fact is given twice"]),
+        ("{fact: {importance: 0, importance: 1}}", ["lifecycle.types.fact.importance is given twice"]),
+    ],
+)
+def test_types_are_checked_entry_by_entry(tmp_path: Path, table: str, parts: list[str]) -> None:
+    message = refusal(write(tmp_path, f"lifecycle:\n  types: {table}\n"))
+    assert all(part in message for part in [*parts, "my.yaml:2: "]), message
+    if "twice" not in message:
+        message = refusal(environ={"MEMORY__LIFECYCLE__TYPES": table})
+        assert all(part in message for part in [*parts, "environment variable MEMORY__LIFECYCLE__TYPES"]), message
+
+
 def test_relative_paths_start_at_the_project_whatever_the_current_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -189,7 +223,7 @@ def test_the_projects_file_holds_every_key_with_its_built_in_value() -> None:
     def leaves(node: dict[str, object], prefix: str = "") -> list[str]:
         found: list[str] = []
         for name, value in node.items():
-            found += leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else [prefix + name]
+            found += leaves(value, f"{prefix}{name}.") if isinstance(value, dict) and value else [prefix + name]
         return found
 
     assert leaves(raw) == NAMES

@@ -1,0 +1,1 @@
+"""When maintenance runs: what memory_scheduler.py is made of."""
