@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
@@ -42,12 +42,14 @@ class Taken:
     """What the plans of one walk have taken already: a later slice must not plan with it again."""
 
     _row_ids: set[int] = field(default_factory=set)
+    without_parent: int = 0
 
     def __contains__(self, row_id: object) -> bool:
         return row_id in self._row_ids
 
-    def add(self, memories: Iterable[Memory]) -> None:
+    def add(self, memories: Sequence[Memory]) -> None:
         self._row_ids.update(memory.row_id for memory in memories)
+        self.without_parent += sum(memory.parent_id is None for memory in memories)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,9 +184,12 @@ class Kindred:
             Condition("parent_id", (), "exists", False),
             owner,
         )
-        query = SearchQuery(memory.namespace, "", as_of_s, "dense", _NEIGHBOURS, filter=And(parts), min_score=_NEAR)
+        # What earlier plans have taken is found in a dry run, and until the index has followed: it takes no place.
+        most = _NEIGHBOURS + taken.without_parent
+        query = SearchQuery(memory.namespace, "", as_of_s, "dense", most, filter=And(parts), min_score=_NEAR)
         outcome = await self._similar(query, memory)
-        found = await kindred.possible(self._readers, [hit.row_id for hit in outcome.hits])
+        near = [hit.row_id for hit in outcome.hits if hit.row_id not in taken]
+        found = await kindred.possible(self._readers, near[:_NEIGHBOURS])
         return [other for other in found if self._fades(other, as_of_s, taken)]
 
     async def _similar(self, query: SearchQuery, memory: Memory) -> SearchOutcome:

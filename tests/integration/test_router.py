@@ -252,7 +252,7 @@ def test_sends_to_who_is_gone_or_does_not_read_are_dropped_and_counted() -> None
                 await eventually(lambda: bool(routes), "the peer")
                 outcomes = [router.send(routes[0], b"x" * 200_000) for _ in range(200)]
                 assert outcomes[0] is True
-                assert outcomes[-1] is False
+                assert False in outcomes  # not always the last one: the transport takes some in between
                 assert router.dropped == 1 + outcomes.count(False)
 
     run(scenario)
