@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from memory_system import log
+from memory_system.errors import ShuttingDown
 from memory_system.program import ends, listen_address, run_program
 from memory_system.request_server import RequestServer
 from memory_system.runtime import Runtime
@@ -38,10 +39,13 @@ class Orchestrator:
         self._end = ends(asyncio.get_running_loop())
         try:
             self.server.bind()
-            await self.runtime.start()
-        except BaseException:
+            await self.runtime.start(self._end.is_set)
+        except BaseException as error:
             self.server.close()
             await self.runtime.close()
+            if isinstance(error, ShuttingDown):
+                logger.info("stopped", reason=error.message)
+                return 0
             raise
         self.server.start(self.runtime.dispatcher)
         address = self.server.router.address

@@ -1,9 +1,9 @@
-"""Which programs make up host PC2 and where each answers: the reading of config/supervisord.conf."""
+"""Which programs make up host PC2, where each answers, and how long they take to stop: config/supervisord.conf."""
 
 from __future__ import annotations
 
 import configparser
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -13,6 +13,7 @@ from memory_system.settings import PROJECT, Settings
 
 SUPERVISOR_CONFIG: Final = PROJECT / "config" / "supervisord.conf"
 _PROGRAM: Final = "program:"
+_STOP_S: Final = "10"  # supervisor's own default of stopwaitsecs
 _HERE: Final = {"0.0.0.0": "127.0.0.1", "localhost": "127.0.0.1", "::": "::1", "[::]": "::1"}
 
 
@@ -53,11 +54,22 @@ def program_addresses(settings: Settings, path: Path = SUPERVISOR_CONFIG) -> dic
     Raises ConfigError when the file cannot be read, or a program in it has no `address` that names a settings section
     with a port.
     """
-    return {name: _address(name, section, settings) for name, section in _programs(path)}
+    return {name: _address(name, options.get("address", ""), settings) for name, options in _programs(path)}
 
 
-def _programs(path: Path) -> Iterator[tuple[str, str]]:
-    """Name and settings section of each program. Raises ConfigError."""
+def longest_stop_s(path: Path = SUPERVISOR_CONFIG) -> float:
+    """How long supervisord may take to stop all programs, which end one after the other. Raises ConfigError."""
+    return sum(_stop_s(name, options.get("stopwaitsecs", _STOP_S)) for name, options in _programs(path))
+
+
+def _stop_s(program: str, text: str) -> float:
+    if not text.isdecimal():
+        raise ConfigError(f"[{_PROGRAM}{program}] has stopwaitsecs={text}: expected whole seconds")
+    return float(text)
+
+
+def _programs(path: Path) -> Iterator[tuple[str, Mapping[str, str]]]:
+    """Name and options of each program. Raises ConfigError."""
     parser = configparser.RawConfigParser(inline_comment_prefixes=(";", "#"))
     try:
         with open(path, encoding="utf-8") as file:
@@ -66,7 +78,7 @@ def _programs(path: Path) -> Iterator[tuple[str, str]]:
         raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
     for name in parser.sections():
         if name.startswith(_PROGRAM):
-            yield name.removeprefix(_PROGRAM), parser.get(name, "address", fallback="")
+            yield name.removeprefix(_PROGRAM), parser[name]
 
 
 def _address(program: str, section: str, settings: Settings) -> Address:

@@ -181,7 +181,7 @@ def restore_importance(settings: LifecycleSettings, memory_tier: str) -> float:
 
 def type_settings(settings: LifecycleSettings, memory_type: str) -> TypeSettings:
     """What the settings say of a type; of one that they do not name, nothing."""
-    return settings.types.get(memory_type, TypeSettings())
+    return settings.memory_types.get(memory_type, TypeSettings())
 
 
 def start_of(settings: LifecycleSettings, memory_type: str) -> tuple[str, float]:

@@ -37,7 +37,7 @@ class LifecycleSettings:
     short: TierSettings = TierSettings(0.1, 7.0, 0.5, 0.1)
     medium: TierSettings = TierSettings(0.05, 30.0, 0.6, 0.1)
     long: TierSettings = TierSettings(0.01, 365.0, 1.0, 0.05)
-    types: Mapping[str, TypeSettings] = table(
+    memory_types: Mapping[str, TypeSettings] = table(
         TypeSettings, "What memories of a type begin with where the caller does not say.", noun="memory type"
     )
     access_weight_get: float = key(0.01, "Importance that a memory gains when it is read by its id.", span=(0, 1))

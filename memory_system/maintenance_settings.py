@@ -14,7 +14,10 @@ class MaintenanceSettings:
     )
     share: float = key(0.5, "Largest part of the time that a run works; the rest belongs to requests.", span=(0.01, 1))
     runs_kept_days: float = key(
-        30.0, "How long the runs of maintenance are kept; the last of each job always is.", unit="days", span=(0, 3650)
+        30.0,
+        "How long the runs of maintenance are kept; the last of each job and caller always is.",
+        unit="days",
+        span=(0, 3650),
     )
 
 

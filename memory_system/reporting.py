@@ -86,7 +86,10 @@ class Reporting:
         return f"<Reporting {self.component} {self.reporter!r}>"
 
     def start(self, figures: Callable[[], dict[str, Any]]) -> None:
-        """Begin the heartbeats, on the running event loop. `figures()` has `state` and is asked every second."""
+        """Begin the heartbeats, on the running event loop, unless they have begun. `figures()` has `state` and is asked
+        every second."""
+        if self._heartbeat is not None:
+            return
         self._heartbeat = Heartbeat(self.reporter, self.component, figures, interval_s=self._interval_s)
         self._heartbeat.start()
         asyncio.get_running_loop().set_exception_handler(_unhandled)

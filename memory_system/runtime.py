@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -13,7 +14,7 @@ from memory_system.access import AccessBuffer
 from memory_system.cache import make_caches
 from memory_system.dispatch import Dispatcher, Handler
 from memory_system.embedding import EmbedderState, EmbeddingQueue, Vectors, make_embedder
-from memory_system.errors import CannotStart, MemorySystemError
+from memory_system.errors import CannotStart, MemorySystemError, ShuttingDown
 from memory_system.housekeeping import Housekeeping
 from memory_system.log import get_logger
 from memory_system.metrics import Family, traffic_families
@@ -45,6 +46,8 @@ COMPONENT: Final = "orchestrator"
 
 # A large batch would push out what is read often, and hold up the loop while it does.
 _CACHED_AT_ONCE: Final = 64
+# A store is opened at once, unless it is migrated or re-based: then the program says after this that it lives.
+_QUICK_START_S: Final = 1.0
 
 
 class Runtime:
@@ -65,20 +68,24 @@ class Runtime:
         self._path = Path(settings.storage.path)
         self._closers: list[Callable[[], Any]] = []
 
-    async def start(self) -> None:
-        """Raises MemorySystemError when the store cannot be opened; `close` is to be called all the same."""
+    async def start(self, stopped: Callable[[], bool] = lambda: False) -> None:
+        """Raises MemorySystemError when the store cannot be opened, ShuttingDown when `stopped` says so before it is;
+        `close` is to be called all the same."""
         self._loop = asyncio.get_running_loop()
         self._reporting = Reporting(self._settings, COMPONENT)
+        self._heartbeat = _opening
         self._closers.append(self._reporting.close)
         try:
-            await self._start_parts()
+            await self._start_parts(stopped)
+        except ShuttingDown:
+            raise
         except Exception as error:
             message = error.message if isinstance(error, MemorySystemError) else type(error).__name__
             self._reporting.reporter.report("cannot_start", message, "critical")
             raise
 
-    async def _start_parts(self) -> None:
-        self._open_store()
+    async def _start_parts(self, stopped: Callable[[], bool]) -> None:
+        await self._open_store(stopped)
         self._caches = make_caches(self._settings.cache, self._settings.redis)
         self._caches.redis.on_state(partial(self._reporting.part_changed, "redis"))
         self._closers.append(self._caches.close)
@@ -97,7 +104,8 @@ class Runtime:
         self._closers.append(self._housekeeping.close)
         await self._maintaining.start()
         self._open_metrics()
-        self._reporting.start(self._health_service.heartbeat)
+        self._heartbeat = self._health_service.heartbeat
+        self._begin_heartbeats()
 
     def stop_writing_after(self, seconds: float) -> None:
         """The program is to end: runs of maintenance stop, and writes that have not begun by then are refused."""
@@ -115,7 +123,10 @@ class Runtime:
             except Exception:  # one part that cannot close must not keep the rest from flushing
                 log.exception("close_failed", part=getattr(closer, "__qualname__", "?"))
 
-    def _open_store(self) -> None:
+    def _begin_heartbeats(self) -> None:
+        self._reporting.start(lambda: self._heartbeat())
+
+    async def _open_store(self, stopped: Callable[[], bool]) -> None:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             lock = StoreLock(self._path)
@@ -124,8 +135,10 @@ class Runtime:
                 f"the store {self._path} cannot be opened: {error.strerror}; set storage.path to a writable place"
             ) from error
         self._closers.append(lock.release)
-        db = open_store(self._path, self._settings.storage.synchronous)
-        rebase.bring_up(db, self._settings.lifecycle, time.time())
+        opening = asyncio.ensure_future(asyncio.to_thread(self._brought_up, stopped))
+        if not (await asyncio.wait({opening}, timeout=_QUICK_START_S))[0]:
+            self._begin_heartbeats()
+        db = await opening
         self._epoch = store_epoch(db)
         self._writer = Writer(
             db,
@@ -136,6 +149,16 @@ class Runtime:
         )
         self._writer.start()
         self._closers.append(self._writer.close)
+
+    def _brought_up(self, stopped: Callable[[], bool]) -> sqlite3.Connection:
+        """The writing connection of a store of this schema and these settings; in a thread, as either may take long."""
+        db = open_store(self._path, self._settings.storage.synchronous)
+        try:
+            rebase.bring_up(db, self._settings.lifecycle, time.time(), stopped=stopped)
+        except BaseException:
+            db.close()
+            raise
+        return db
 
     def _build_search(self) -> None:
         settings = self._settings
@@ -291,6 +314,11 @@ class Runtime:
     async def _store_vectors(self, model_id: str, made: list[tuple[int, bytes, Vectors]]) -> None:
         run = partial(vectors.store, model_id=model_id, vectors=made)
         await self._writer.submit(WriteJob(run, "", rows=len(made), counted=False))
+
+
+def _opening() -> dict[str, Any]:
+    """What heartbeats say until there is more to say."""
+    return {"state": "starting", "readiness": {"store": "loading"}}
 
 
 def _handlers(services: Sequence[object]) -> dict[str, Handler]:

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, Final
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import msgspec
-from transfer import INTERRUPTED, Advance, add_service_options, bar, endpoint_of, fail, make_client
+from transfer import INTERRUPTED, Advance, add_service_options, bar, endpoint_of, fail, reached
 
 from memory_client import MemoryClient
 from memory_system.errors import ConfigError, InvalidCursor, MemorySystemError
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("FILE is missing: make export TO=file.jsonl")
     try:
         endpoint = endpoint_of(load_settings(options.config), options.endpoint)
-        with make_client(endpoint, options.namespace or "default") as client, bar("exporting") as advance:
+        with reached(endpoint, options.namespace or "default") as client, bar("exporting") as advance:
             asked = {"all_namespaces": options.namespace is None, "vectors": options.vectors, "limit": _PAGE}
             written = export(client, asked, options.file, advance)
     except ConfigError as error:

@@ -22,7 +22,7 @@ from typing import Any, Final
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from export_file import Batch, ExportFile, Needed
-from transfer import INTERRUPTED, Advance, add_service_options, bar, endpoint_of, fail, make_client
+from transfer import INTERRUPTED, Advance, add_service_options, bar, endpoint_of, fail, reached
 
 from memory_client import MemoryClient
 from memory_system.errors import ConfigError, InvalidField, MemorySystemError
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         endpoint = endpoint_of(load_settings(options.config), options.endpoint)
         file = ExportFile(options.file, options.namespace)
         asked = {"on_conflict": "overwrite" if options.overwrite else "report", "dry_run": options.dry_run}
-        with make_client(endpoint) as client:
+        with reached(endpoint) as client:
             with bar("checking") as advance:
                 look_up(client, file, file.check(advance))
             with bar("importing") as advance:

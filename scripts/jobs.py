@@ -25,6 +25,7 @@ from memory_client import MemoryClient
 from memory_system.errors import ConfigError
 from memory_system.program import connect_address
 from memory_system.protocol import new_request_id
+from memory_system.scheduling.runs import CHANGE_MEMORIES
 from memory_system.settings import load_settings
 
 # The trigger is in UTC, NEXT and LAST are local.
@@ -181,7 +182,6 @@ def told(name: str, reply: Mapping[str, Any]) -> Iterator[str]:
         yield f"to change exactly this: make run-job JOB={name} AS_OF={as_of!r}"
 
 
-_CHANGE_MEMORIES: Final = frozenset({"cleanup", "decay", "consolidation"})
 # What every run's reply has; all else is the job's own.
 _COMMON: Final = frozenset(
     {"status", "request_id", "run_id", "job", "as_of", "dry_run", "started_at", "finished_at", "counts", "changes"}
@@ -205,7 +205,7 @@ def plans(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 def changes(reply: Mapping[str, Any], verb: str) -> Iterator[str]:
     total, results = reply.get("changes"), reply.get("results") or []
-    if not isinstance(total, int) or not (total or reply.get("job") in _CHANGE_MEMORIES):
+    if not isinstance(total, int) or not (total or reply.get("job") in CHANGE_MEMORIES):
         return
     if not total:
         yield f"nothing {'would be' if verb.startswith('would') else 'was'} changed"

@@ -25,10 +25,11 @@ from supervisor.xmlrpc import SupervisorTransport
 PROJECT: Final = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
-from memory_system.deployment import Address, program_addresses  # noqa: E402
+from memory_system.deployment import Address, longest_stop_s, program_addresses  # noqa: E402
 from memory_system.settings import Settings  # noqa: E402
 
-STOP_S: Final = 30.0
+# Beyond what supervisord gives its programs.
+STOP_MARGIN_S: Final = 6.0
 POLL_S: Final = 0.1
 HEALTH_MS: Final = 1000
 SOCKET_NAME: Final = "supervisor.sock"
@@ -229,10 +230,11 @@ def shut_down(run: RunDir, pid: int) -> None:
     # Already on its way down: waiting is all that is left to do.
     with contextlib.suppress(OSError, xmlrpc.client.Error):
         run.call("shutdown")
-    deadline = time.monotonic() + STOP_S
+    limit_s = longest_stop_s() + STOP_MARGIN_S
+    deadline = time.monotonic() + limit_s
     while is_alive(pid):
         if time.monotonic() > deadline:
-            raise Failure(f"supervisord (pid {pid}) has not stopped after {STOP_S:g} s")
+            raise Failure(f"supervisord (pid {pid}) has not stopped after {limit_s:g} s")
         time.sleep(POLL_S)
 
 

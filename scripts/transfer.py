@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from memory_client import MemoryClient
+from memory_system.errors import Unreachable
 from memory_system.program import connect_address
 from memory_system.protocol import ENDPOINT_VARIABLE
 from memory_system.settings import Settings
@@ -42,6 +43,15 @@ def endpoint_of(settings: Settings, given: str | None) -> str:
 
 def make_client(endpoint: str, namespace: str = "default", timeout_ms: float = _CALL_MS) -> MemoryClient:
     return MemoryClient(endpoint, agent_id=AGENT, namespace=namespace, timeout_ms=timeout_ms, raise_on_error=True)
+
+
+@contextlib.contextmanager
+def reached(endpoint: str, namespace: str = "default") -> Iterator[MemoryClient]:
+    """A client of a service that answers, with patience for one that restarts meanwhile. Raises Unreachable."""
+    if not answers(endpoint):
+        raise Unreachable(f"no service answers at {endpoint}; is it running? (make status)")
+    with make_client(endpoint, namespace) as client:
+        yield client
 
 
 def answers(endpoint: str) -> bool:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
+
+# The jobs whose work is to change memories: of these alone no changes mean that there was nothing to do.
+CHANGE_MEMORIES: Final = frozenset({"cleanup", "decay", "consolidation"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +71,9 @@ def summary(fields: Mapping[str, Any]) -> str:
     changes = fields.get("changes")
     if not isinstance(changes, int):
         return ""
-    return f"changes {changes}" if changes else "nothing to do"
+    if changes:
+        return f"changes {changes}"
+    return "nothing to do" if fields.get("job") in CHANGE_MEMORIES else "done"
 
 
 def _text(value: Any) -> str | None:

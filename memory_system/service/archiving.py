@@ -20,7 +20,7 @@ from memory_system.errors import InvalidCursor, InvalidField, MemorySystemError,
 from memory_system.line_reader import Item, read_line
 from memory_system.service import Reply
 from memory_system.service.exports import Exports
-from memory_system.service.run import LANE, Run
+from memory_system.service.run import LANE, Run, rest_s
 from memory_system.service.runs import Runs
 from memory_system.settings import Settings
 from memory_system.storage import backup, load
@@ -55,6 +55,7 @@ class ArchivingService:
         self._folder = backup.folder_of(settings)
         self._kept = (settings.backup.keep, settings.backup.keep_days)
         self._idempotency = settings.storage.idempotency
+        self._share = settings.maintenance.share
 
     # -- backup -------------------------------------------------------------------------------------------------------
 
@@ -123,7 +124,12 @@ class ArchivingService:
     # -- import -------------------------------------------------------------------------------------------------------
 
     async def import_memories(self, call: Call, p: a.ImportMemories) -> Reply:
-        """Put lines into the namespace of the call: all of them or, when one is wrong, none."""
+        """Put lines into the namespace of the call: all of them or, when one is wrong, none.
+
+        The reply comes after the rest that a run takes after such a write: who sends the next lines then leaves the
+        store to the other requests as a run does.
+        """
+        began_s = time.monotonic()
         items = await asyncio.to_thread(_items, call, p)
         order = Order(overwrite=p.on_conflict == "overwrite", dry_run=p.dry_run, model=self._model())
         key = None
@@ -138,7 +144,9 @@ class ArchivingService:
             deadline_s=call.deadline_s,
             client=LANE,
         )
-        return await self._writer.submit(job)
+        reply = await self._writer.submit(job)
+        await asyncio.sleep(rest_s(time.monotonic() - began_s, self._share))
+        return reply
 
     def _model(self) -> tuple[str, int] | None:
         model_id, dimension = self._embedder.model_id, self._embedder.dimension

@@ -34,6 +34,7 @@ class Exports:
         self._database = database
         self._idle_s = idle_s
         self._held: dict[str, _Held] = {}
+        self._opening = 0
         self._closing: set[asyncio.Task[None]] = set()
 
     def __repr__(self) -> str:
@@ -41,10 +42,14 @@ class Exports:
 
     async def open(self, namespaces: list[str] | None, now_s: float, *, vectors: bool) -> str:
         """The name of a new dump. Raises Busy when too many are read at once, sqlite3.Error."""
-        if len(self._held) >= MAX_OPEN:
+        if len(self._held) + self._opening >= MAX_OPEN:
             self._make_room()
         name = secrets.token_hex(8)
-        dump = await asyncio.to_thread(Dump, self._database, namespaces, now_s, vectors=vectors)
+        self._opening += 1
+        try:
+            dump = await asyncio.to_thread(Dump, self._database, namespaces, now_s, vectors=vectors)
+        finally:
+            self._opening -= 1
         self._held[name] = _Held(dump, self._alarm(name))
         return name
 

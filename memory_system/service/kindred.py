@@ -24,7 +24,7 @@ from memory_system.storage import kindred
 from memory_system.storage.ageing import DueRow
 from memory_system.storage.readers import Readers
 
-# Children of one parent that are looked at together; where there are more at once, those that are due come first.
+# Children of one parent that are looked at together; where there are more at once, they are in parts.
 _POOL: Final = 400
 # The nearest memories among which duplicates of one without a parent are looked for, and how near they have to be to
 # have their words compared.
@@ -99,10 +99,22 @@ class Kindred:
     async def _of_parent(
         self, namespace: str, parent_id: str, due: Sequence[Memory], as_of_s: float, taken: Taken
     ) -> list[Family]:
-        created = [memory.created_at for memory in due]
         window_s = self._settings.window_h * 3600.0
-        span_s = (min(created) - window_s, max(created) + window_s)
-        siblings = await kindred.siblings(self._readers, namespace, parent_id, span_s, _POOL)
+        families = []
+        left = sorted(due, key=_made)
+        while left:
+            span_s = (left[0].created_at - window_s, left[-1].created_at + window_s)
+            siblings = await kindred.siblings(self._readers, namespace, parent_id, _made(left[0]), span_s, _POOL)
+            reach = max((_made(memory) for memory, _ in siblings), default=_made(left[-1]))
+            part = [memory for memory in left if _made(memory) <= reach] or left
+            families += await self._of_part(siblings, part, as_of_s, taken)
+            left = left[len(part) :]
+        return families
+
+    async def _of_part(
+        self, siblings: Sequence[tuple[Memory, bool]], due: Sequence[Memory], as_of_s: float, taken: Taken
+    ) -> list[Family]:
+        """The families of these fading memories and their siblings."""
         possible = {memory.row_id for memory, can_merge in siblings if can_merge} | {memory.row_id for memory in due}
         pool = {memory.row_id: memory for memory in [*(memory for memory, _ in siblings), *due]}
         asked = {memory.row_id for memory in due}
@@ -244,6 +256,10 @@ def _sections(fading: Sequence[bool]) -> list[int]:
 
 def _usual_chars(memories: Sequence[Memory]) -> float:
     return sum(len(memory.content) for memory in memories) / len(memories)
+
+
+def _made(memory: Memory) -> kindred.Made:
+    return memory.created_at, memory.row_id
 
 
 def _owner(memory: Memory) -> tuple[str, str | None]:

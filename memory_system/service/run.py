@@ -20,6 +20,11 @@ LANE: Final = b"maintenance"
 _LONGEST_REST_S: Final = 0.25
 
 
+def rest_s(worked_s: float, share: float) -> float:
+    """How long to rest after so much work, so that work takes at most this share of the time."""
+    return min(worked_s * (1.0 / share - 1.0), max(worked_s, _LONGEST_REST_S))
+
+
 class Run:
     """What a job works with: its instant, whether it only shows what it would do, and what it did so far.
 
@@ -94,7 +99,7 @@ class Run:
 
     async def rest(self, worked_s: float) -> None:
         """Leave the time to the requests that is theirs after so much work, whatever kind of work it was."""
-        await asyncio.sleep(min(worked_s * (1.0 / self._share - 1.0), max(worked_s, _LONGEST_REST_S)))
+        await asyncio.sleep(rest_s(worked_s, self._share))
 
     def reply(self, fields: dict[str, Any] | None) -> Reply:
         """The part of the reply that is stored: the tally, under what the job says of itself."""

@@ -56,12 +56,18 @@ class Sweeps:
 
     async def cleanup(self, namespaces: Namespaces, run: Run) -> None:
         """Delete what has expired, old idempotency keys, and old runs; with `namespaces`, only what has expired."""
+        handing_over = cleaning.HandingOver(self._readers)
         async for decided in self._due(run, namespaces):
             theirs = [each for each in decided if each[1].kind == "expire"]
             originals = await self._originals(theirs)
             theirs = [each for each in theirs if each[1].reason == "expired" or each[0].row_id not in originals]
             for namespace, group in by_namespace(theirs):
-                removed = await self._remove(run, namespace, [row.row_id for row, _ in group])
+                row_ids = [row.row_id for row, _ in group]
+                if run.dry_run:
+                    removed = set(row_ids)
+                    _tell_moved(run, namespace, await handing_over.by(namespace, row_ids))
+                else:
+                    removed = await self._remove(run, namespace, row_ids)
                 for row, decision in group:
                     if row.row_id in removed:
                         run.change(row.memory_id, namespace, row.state, "deleted", decision.reason)
@@ -75,14 +81,13 @@ class Sweeps:
         return await cleaning.originals_among(self._readers, asked) if asked else set()
 
     async def _remove(self, run: Run, namespace: str, row_ids: list[int]) -> set[int]:
-        if run.dry_run:
-            return set(row_ids)
         removed: set[int] = set()
         budget = self._maintenance.slice_rows
         while row_ids:
             remove = partial(cleaning.remove_expired, row_ids=row_ids, as_of_s=run.as_of_s, budget=budget)
             reply = await run.write(remove, namespace, rows=budget, counted=True)
             removed.update(reply["removed"])
+            _tell_moved(run, namespace, reply["moved"])
             row_ids = reply["left"]
         return removed
 
@@ -122,6 +127,12 @@ class Sweeps:
             if run.dry_run:  # otherwise each write is followed by a rest
                 await run.rest(time.monotonic() - began_s)
             began_s = time.monotonic()
+
+
+def _tell_moved(run: Run, namespace: str, moved: Sequence[cleaning.Moved]) -> None:
+    for memory_id, reason, before, after in moved:
+        change = {"memory_id": memory_id, "namespace": namespace, "from": before, "to": after, "reason": reason}
+        run.tally.add("handed_over", change)
 
 
 def by_namespace(decided: Sequence[Decided]) -> list[tuple[str, list[Decided]]]:

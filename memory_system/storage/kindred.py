@@ -16,6 +16,7 @@ from memory_system.storage.consolidations import not_consolidated
 from memory_system.storage.readers import Readers
 
 Vectors = NDArray[np.float32]
+Made = tuple[float, int]  # created_at, row_id
 
 _M: Final = rows.columns("m")
 # What can be merged at all; whether it fades is for consolidation/rules.py.
@@ -26,11 +27,18 @@ _POSSIBLE: Final = (
 _BY_ROW_ID: Final = (
     f"SELECT {_M} FROM json_each(?) AS wanted CROSS JOIN memories AS m ON m.row_id = wanted.value WHERE {_POSSIBLE}"
 )
-_SIBLINGS: Final = (
+_OF_PARENT: Final = (
     f"SELECT {_POSSIBLE}, {_M} FROM memories AS m INDEXED BY memories_by_parent WHERE m.namespace = ? "
-    "AND m.parent_id = ? AND m.created_at BETWEEN ? AND ? "
-    f"AND m.memory_type NOT IN ('{SESSION_TYPE}', '{CONSOLIDATED}') ORDER BY m.created_at, m.row_id LIMIT ?"
+    f"AND m.parent_id = ? AND m.memory_type NOT IN ('{SESSION_TYPE}', '{CONSOLIDATED}') "
 )
+_FROM: Final = (
+    f"{_OF_PARENT} AND (m.created_at, m.row_id) >= (?, ?) AND m.created_at <= ? ORDER BY m.created_at, m.row_id LIMIT ?"
+)
+_BEFORE: Final = (
+    f"{_OF_PARENT} AND (m.created_at, m.row_id) < (?, ?) AND m.created_at >= ? "
+    "ORDER BY m.created_at DESC, m.row_id DESC LIMIT ?"
+)
+_BEFORE_SHARE: Final = 8
 _RELATED: Final = (
     f"SELECT wanted.value, {_M} FROM json_each(?) AS wanted CROSS JOIN "
     "(SELECT source_row_id AS one, target_row_id AS other, relationship_type AS kind FROM relationships UNION ALL "
@@ -61,14 +69,17 @@ async def possible(readers: Readers, row_ids: Collection[int]) -> list[Memory]:
 
 
 async def siblings(
-    readers: Readers, namespace: str, parent_id: str, created_s: tuple[float, float], limit: int
+    readers: Readers, namespace: str, parent_id: str, first: Made, created_s: tuple[float, float], limit: int
 ) -> list[tuple[Memory, bool]]:
-    """The children of a parent that were created between two instants, archived ones too: whether each can be merged.
+    """The children of a parent that were created between two instants, in order, archived ones too: whether each can be
+    merged. At most `limit` from `first` on, and an eighth of that before it: those nearest to it.
 
     Sessions and consolidated memories are left out.
     """
-    found = await readers.fetch(_SIBLINGS, (namespace, parent_id, *created_s, limit))
-    return [(rows.memory_from_row(row[1:]), bool(row[0])) for row in found]
+    place = (namespace, parent_id, *first)
+    before = await readers.fetch(_BEFORE, (*place, created_s[0], limit // _BEFORE_SHARE))
+    found = await readers.fetch(_FROM, (*place, created_s[1], limit))
+    return [(rows.memory_from_row(row[1:]), bool(row[0])) for row in (*reversed(before), *found)]
 
 
 async def related(readers: Readers, namespace: str, row_ids: Collection[int], limit: int) -> dict[int, list[Memory]]:

@@ -35,9 +35,10 @@ def put_memory(loading: Loading, item: MemoryItem) -> None:
     if fields:
         if loading.overwrites("memory", fields, memory_id=stored.memory_id):
             _replace(loading, stored, item)
-    elif loading.order.overwrite and any(getattr(stored, name) != getattr(item.memory, name) for name in AGED):
+    elif loading.order.overwrite and _has_aged(loading, stored, item):
         loading.tally.overwritten["memory"] += 1
         if not loading.order.dry_run:
+            _mark_undone(loading, stored.row_id, item)
             _write(loading, stored, msgspec.structs.replace(item.memory, version=stored.version))
     else:
         loading.unchanged("memory")
@@ -62,14 +63,27 @@ def _insert(loading: Loading, item: MemoryItem) -> None:
     else:
         context.log_change(row_id, "put")
     context.changes.written.append(msgspec.structs.replace(memory, row_id=row_id))
-    _mark_undone(loading, row_id, item)
+    if item.undone_at is not None:
+        _mark_undone(loading, row_id, item)
     if item.vector is not None:
         _vector(loading, row_id, item)
 
 
+def _has_aged(loading: Loading, stored: Memory, item: MemoryItem) -> bool:
+    """Whether use, age or an undone consolidation have made of the memory something else than the line says."""
+    if any(getattr(stored, name) != getattr(item.memory, name) for name in AGED):
+        return True
+    row = loading.db.execute(
+        "SELECT undone_at FROM consolidations_undone WHERE row_id = ?", (stored.row_id,)
+    ).fetchone()
+    return (None if row is None else row[0]) != item.undone_at
+
+
 def _mark_undone(loading: Loading, row_id: int, item: MemoryItem) -> None:
+    """Whether a consolidation was undone, so that the memory is not consolidated again, is as the line says."""
+    loading.db.execute("DELETE FROM consolidations_undone WHERE row_id = ?", (row_id,))
     if item.undone_at is not None:
-        loading.db.execute("INSERT OR REPLACE INTO consolidations_undone VALUES (?, ?)", (row_id, item.undone_at))
+        loading.db.execute("INSERT INTO consolidations_undone VALUES (?, ?)", (row_id, item.undone_at))
 
 
 def _is_there(loading: Loading, parent_id: str, follows: bool) -> bool:

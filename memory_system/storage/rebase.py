@@ -1,24 +1,26 @@
 """Changed lifecycle settings: every memory is brought to one instant under the old ones, then ages under the new.
 
 A stored importance is meant under the rates of its time. The store keeps the settings that its rows are meant under;
-when others come, each row gets its importance as of one instant under the old ones, and a new `due_at`. The instant,
-both settings and how far it came stand in the database, in the transaction of each slice: a rebase that is cut off
-goes on where it was, as of the same instant, before anything else is done.
+when others come, each row of a tier that they change gets its importance as of one instant under the old ones, and a
+new `due_at`. The instant, both settings and how far it came stand in the database, in the transaction of each slice: a
+rebase that is cut off goes on where it was, as of the same instant, before anything else is done.
 """
 
 from __future__ import annotations
 
 import sqlite3
 import time
+from collections.abc import Callable
 from typing import Final, TypeVar
 
 import msgspec
 from msgspec import Struct
 
 from memory_system import lifecycle
-from memory_system.errors import StorageFailed
-from memory_system.lifecycle_settings import LifecycleSettings, TierSettings
+from memory_system.errors import ShuttingDown, StorageFailed
+from memory_system.lifecycle_settings import TIERS, LifecycleSettings, TierSettings
 from memory_system.log import get_logger
+from memory_system.storage import rows
 from memory_system.storage.ageing import DueRow
 from memory_system.storage.database import transaction
 
@@ -34,7 +36,8 @@ _PROGRESS_S: Final = 2.0
 _COLUMNS: Final = tuple(name for name in DueRow.__struct_fields__ if name != "due_at")
 _SELECT: Final = (
     f"SELECT {', '.join(_COLUMNS)}, coalesce(due_at, 0.0) FROM memories "
-    "WHERE row_id > ? AND memory_type <> 'session' ORDER BY row_id LIMIT ?"
+    "WHERE row_id > ? AND memory_type <> 'session' AND memory_tier IN (SELECT value FROM json_each(?)) "
+    "ORDER BY row_id LIMIT ?"
 )
 _UPDATE: Final = "UPDATE memories SET importance = ?, importance_at = ?, promote_at = ?, due_at = ? WHERE row_id = ?"
 
@@ -67,16 +70,23 @@ def base_of(settings: LifecycleSettings) -> Base:
     return Base(**{name: getattr(settings, name) for name in Base.__struct_fields__})
 
 
-def bring_up(db: sqlite3.Connection, settings: LifecycleSettings, now_s: float, slice_rows: int = SLICE_ROWS) -> int:
+def bring_up(
+    db: sqlite3.Connection,
+    settings: LifecycleSettings,
+    now_s: float,
+    slice_rows: int = SLICE_ROWS,
+    stopped: Callable[[], bool] = lambda: False,
+) -> int:
     """Make the rows of the store meant under `settings`; how many were re-based. `db`: the writing connection.
 
-    Raises StorageFailed when what the store says of its settings cannot be read.
+    Raises StorageFailed when what the store says of its settings cannot be read, ShuttingDown once `stopped` says so:
+    what is left is done at the next call.
     """
     wanted = base_of(settings)
     rebased = 0
     under_way = _read(db, REBASE_KEY, Rebase)
     if under_way is not None:
-        rebased += _run(db, under_way, slice_rows)
+        rebased += _run(db, under_way, slice_rows, stopped)
     kept = _read(db, SETTINGS_KEY, Base)
     if kept is None:
         with transaction(db):
@@ -84,21 +94,22 @@ def bring_up(db: sqlite3.Connection, settings: LifecycleSettings, now_s: float, 
     elif kept != wanted:
         with transaction(db):
             _write(db, REBASE_KEY, begun := Rebase(to=wanted, as_of=now_s))
-        rebased += _run(db, begun, slice_rows)
+        rebased += _run(db, begun, slice_rows, stopped)
     return rebased
 
 
-def _run(db: sqlite3.Connection, rebase: Rebase, slice_rows: int) -> int:
+def _run(db: sqlite3.Connection, rebase: Rebase, slice_rows: int, stopped: Callable[[], bool]) -> int:
     """Finish a rebase, slice by slice; how many rows it had left."""
     old = _read(db, SETTINGS_KEY, Base)
     if old is None:
         raise StorageFailed("the store is being brought to other lifecycle settings, but its own are missing in meta")
     total: int = db.execute("SELECT coalesce(max(row_id), 0) FROM memories").fetchone()[0]
     log.info("lifecycle_rebase", as_of=rebase.as_of, row_id=rebase.row_id, last_row_id=total)
-    before, after = old.settings(), rebase.to.settings()
+    before, after, tiers = old.settings(), rebase.to.settings(), _changed_tiers(old, rebase.to)
     done, told_s = 0, time.monotonic()
-    found = _slice(db, rebase.row_id, slice_rows)
-    while found:
+    while found := _slice(db, rebase.row_id, tiers, slice_rows):
+        if stopped():
+            raise ShuttingDown("stopped on the way to other lifecycle settings; the next start goes on with it")
         with transaction(db):
             db.executemany(_UPDATE, [_rebased(row, before, after, rebase.as_of) for row in found])
             rebase = msgspec.structs.replace(rebase, row_id=found[-1].row_id)
@@ -107,7 +118,6 @@ def _run(db: sqlite3.Connection, rebase: Rebase, slice_rows: int) -> int:
         if time.monotonic() - told_s > _PROGRESS_S:
             told_s = time.monotonic()
             log.info("lifecycle_rebase", rebased=done, row_id=rebase.row_id, last_row_id=total)
-        found = _slice(db, rebase.row_id, slice_rows)
     with transaction(db):
         _write(db, SETTINGS_KEY, rebase.to)
         db.execute("DELETE FROM meta WHERE key = ?", (REBASE_KEY,))
@@ -115,9 +125,17 @@ def _run(db: sqlite3.Connection, rebase: Rebase, slice_rows: int) -> int:
     return done
 
 
-def _slice(db: sqlite3.Connection, after: int, limit: int) -> list[DueRow]:
+def _changed_tiers(old: Base, new: Base) -> list[str]:
+    """The tiers whose rows mean something else, or are due at another time, under the new settings."""
+    if (old.delete_enabled, old.delete_after_days) != (new.delete_enabled, new.delete_after_days):
+        return list(TIERS)
+    return [tier for tier in TIERS if getattr(old, tier) != getattr(new, tier)]
+
+
+def _slice(db: sqlite3.Connection, after: int, tiers: list[str], limit: int) -> list[DueRow]:
     names = DueRow.__struct_fields__
-    return [DueRow(**dict(zip(names, row, strict=True))) for row in db.execute(_SELECT, (after, limit))]
+    found = db.execute(_SELECT, (after, rows.to_json(tiers), limit))
+    return [DueRow(**dict(zip(names, row, strict=True))) for row in found]
 
 
 def _rebased(

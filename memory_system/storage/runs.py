@@ -80,6 +80,8 @@ def begin(context: WriteContext, new: NewRun) -> Reply:
     one that did is given back as `done`. Raises IdempotencyMismatch.
     """
     known = _by_request_id(context, new.request_id)
+    # One run of a job is under way at a time: the end of what stands as running could not be noted, on a full disk.
+    context.db.execute(f"{_INTERRUPT} AND job = ?", (context.now_s, new.job))
     if known is None:
         run_id = context.db.execute(
             "INSERT INTO maintenance_runs (job, request_id, asked, asked_by, as_of, dry_run, started_at, state) "
@@ -118,14 +120,15 @@ def finish(
 
 def interrupt(context: WriteContext) -> Reply:
     """What is still noted as running belongs to a process that is gone. To be called before the first run begins."""
-    cursor = context.db.execute(
-        "UPDATE maintenance_runs SET state = 'interrupted', finished_at = ? WHERE state = 'running'", (context.now_s,)
-    )
-    return {"interrupted": cursor.rowcount}
+    return {"interrupted": context.db.execute(_INTERRUPT, (context.now_s,)).rowcount}
 
 
 def prune(context: WriteContext, before_s: float, limit: int = 200) -> Reply:
-    """Drop at most `limit` runs that ended before `before_s`; the last of each job stays."""
+    """Drop at most `limit` runs that ended before `before_s`.
+
+    The last run of each job that a caller had done stays, and the last dry run: the scheduler sees by its own whether
+    it still has to ask for a run, however many others somebody asked for since.
+    """
     cursor = context.db.execute(f"DELETE FROM maintenance_runs WHERE run_id IN ({_OLD} LIMIT ?)", (before_s, limit))
     return {"pruned": cursor.rowcount}
 
@@ -156,9 +159,11 @@ async def page(readers: Readers, wanted: Wanted, limit: int) -> list[StoredRun]:
     return [_stored(row) for row in found]
 
 
+_INTERRUPT: Final = "UPDATE maintenance_runs SET state = 'interrupted', finished_at = ? WHERE state = 'running'"
 _OLD: Final = (
     "SELECT run_id FROM maintenance_runs AS r WHERE state <> 'running' AND finished_at < ? "
-    "AND EXISTS (SELECT 1 FROM maintenance_runs AS later WHERE later.job = r.job AND later.run_id > r.run_id)"
+    "AND EXISTS (SELECT 1 FROM maintenance_runs AS later WHERE later.job = r.job AND later.run_id > r.run_id "
+    "AND later.asked_by = r.asked_by AND later.dry_run = r.dry_run)"
 )
 
 

@@ -73,14 +73,15 @@ def test_a_restored_backup_holds_every_write_acknowledged_before_it_began(tmp_pa
         assert orchestrator.terminate() == 0
         run(orchestrator, "backup")  # also while no service runs
         backups.append((max((tmp_path / "backups").iterdir()), backups[-1][1], at_the_end))
-        for number, (backup, bare, written) in enumerate(backups):
+        for number, (backup, _, written) in enumerate(backups):
             store = tmp_path / f"restored-{number}" / "memory.db"
             if not backup.exists():
                 assert number < 2  # backup.keep is 3: rotated away meanwhile
                 continue
             run(orchestrator, "restore", backup, storage__path=store)
             assert lacking(store, written) == []
-            assert lacking(bare, written) != []
+    # One of them may have been taken just after a checkpoint.
+    assert any(lacking(bare, written) for _, bare, written in backups)
     assert len(backups[0][2]) > 150
     assert all(len(a[2]) < len(b[2]) for a, b in itertools.pairwise(backups))
 
@@ -232,7 +233,9 @@ def test_what_is_wrong_with_a_file_is_told_before_anything_is_written(tmp_path: 
 def test_without_a_service_the_scripts_say_so(tmp_path: Path) -> None:
     with running_orchestrator(tmp_path, start=False, network__port=free_port()) as orchestrator:
         file = tmp_path / "file.jsonl"
-        file.write_text("")
+        file.write_text(json.dumps({"kind": "header", "format": "memory-export", "version": 1}) + "\n")
+        for script in ("export_memories", "import_memories"):
+            assert "no service answers at tcp://" in run(orchestrator, script, file, status=1)
         assert "there is no store" in run(orchestrator, "backup", status=1)
         assert "there is no backup in" in run(orchestrator, "restore", "latest", status=1)
         assert "backup.keep" in run(orchestrator, "backup", status=2, backup__keep=0)

@@ -206,7 +206,7 @@ def test_sessions_do_not_fade(service: Ageing) -> None:
 def test_the_client_leaves_tier_importance_and_factor_to_the_type(tmp_path: Path) -> None:
     types = "{knowledge_fact: {memory_tier: long, importance: 0.7, reinforcement_factor: 1.1}, note: {importance: 0.2}}"
     with (
-        ageing_orchestrator(tmp_path, lifecycle__types=types) as service,
+        ageing_orchestrator(tmp_path, lifecycle__memory_types=types) as service,
         MemoryClient(service.orchestrator.address, raise_on_error=True) as client,
     ):
         fact = client.add_memory("water boils at 100 degrees", "knowledge_fact")["memory_id"]

@@ -61,21 +61,26 @@ def test_reads_before_the_change_slow_the_decay_after_it(tmp_path: Path) -> None
         assert service.record(memory_id)["importance"] == near(faded(faded(0.8, 0.1, 2, 1), 0.4, 2, 1))
 
 
-def kill_between_slices(service: Ageing) -> bool:
-    """Start, and kill while rows are being re-based; whether some were and some were not."""
+def end_between_slices(service: Ageing, way: str) -> bool:
+    """Start, and kill or stop it while rows are being re-based; whether some were and some were not."""
     service.orchestrator.start(wait=False)
     deadline_s = time.monotonic() + 30.0
     while time.monotonic() < deadline_s:
         found = service.query("SELECT value FROM meta WHERE key = 'lifecycle_rebase'")
         if found and json.loads(found[0][0])["row_id"] > 0:
             break
-    service.orchestrator.kill()
+    if way == "killed":
+        service.orchestrator.kill()
+    else:
+        assert service.orchestrator.terminate() == 0
+        service.orchestrator._forget()
     found = service.query("SELECT value FROM meta WHERE key = 'lifecycle_rebase'")
     last = service.query("SELECT max(row_id) FROM memories")[0][0]
     return bool(found) and 0 < json.loads(found[0][0])["row_id"] < last
 
 
-def test_a_change_that_is_killed_on_the_way_is_finished_as_of_its_first_instant(tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", ["killed", "stopped"])
+def test_a_change_that_ends_on_the_way_is_finished_as_of_its_first_instant(tmp_path: Path, way: str) -> None:
     with ageing_orchestrator(tmp_path, **SHORT_01, embedding__provider="off", storage__idempotency="false") as service:
         for start in range(0, 30_000, 1000):
             memories = [{"content": f"number {start + number}", "importance": 0.8} for number in range(1000)]
@@ -85,7 +90,7 @@ def test_a_change_that_is_killed_on_the_way_is_finished_as_of_its_first_instant(
         assert service.orchestrator.terminate() == 0
         service.orchestrator._forget()
         service.configure(**SHORT_04)
-        assert kill_between_slices(service), "it was not killed on the way: more memories are needed"
+        assert end_between_slices(service, way), f"it was not {way} on the way: more memories are needed"
         rebased = service.query("SELECT count(*), count(DISTINCT importance_at) FROM memories WHERE importance < 0.7")
         assert 0 < rebased[0][0] < 30_000
         assert rebased[0][1] == 1

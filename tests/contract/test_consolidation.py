@@ -12,7 +12,7 @@ import pytest
 
 from memory_system.consolidation.summarisers import Embed, Original
 from memory_system.errors import ConfigError
-from memory_system.service import merges
+from memory_system.service import kindred, merges
 from tests.support.runs import DAY_S, DECAY, STEADY, reported
 from tests.support.service import Service, running_service, service_test
 
@@ -25,6 +25,11 @@ GARDEN = (
 TRAIN = "Bob: My train to Lisbon leaves on Friday morning at seven."
 OLD_S = 8 * DAY_S
 TABLES = ("memories", "relationships", "consolidations", "consolidation_members", "group_members", "index_log")
+
+
+@pytest.fixture
+def small_pools(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kindred, "_POOL", 4)
 
 
 @pytest.fixture
@@ -637,3 +642,27 @@ async def test_while_there_is_no_model_nothing_is_decided(service: Service) -> N
     assert embedder.state == "ready"
     assert len(await merged(service)) == 1
     assert ids
+
+
+@pytest.mark.usefixtures("small_pools")
+@pytest.mark.parametrize("between", [True, False])
+def test_what_was_said_between_is_seen_however_many_children_there_are(tmp_path: Any, between: bool) -> None:
+    """Of a parent with more children than are looked at together, those around the fading ones count."""
+
+    async def scenario() -> None:
+        async with running_service(tmp_path, "msgpack", **DECAY) as service:
+            spoken = [*(f"{TRAIN} Number {number}." for number in range(12)), GARDEN[0]]
+            spoken += [TRAIN, GARDEN[1]] if between else [GARDEN[1], TRAIN]
+            session_id = await service.session()
+            memories = [
+                {"content": each, "parent_id": session_id, "importance": 0.5 if each in GARDEN else 1.0}
+                for each in spoken
+            ]
+            await service.ok("batch_add_memories", memories=memories)
+            await fade(service)
+            seen = await service.ok("run_consolidation", dry_run=True)
+            assert [len(plan["members"]) for plan in seen["plans"]] == ([] if between else [2])
+            done = await service.ok("run_consolidation", as_of=seen["as_of"])
+            assert reported(seen)["digest"] == reported(done)["digest"]
+
+    asyncio.run(scenario())

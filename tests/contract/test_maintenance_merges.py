@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
+from unittest import mock
 
+from memory_system.consolidation.summarisers import Embed, Original
 from tests.support.runs import FADING, STEADY, reported
 from tests.support.service import Service, request_id, service_test
 
@@ -98,3 +101,25 @@ async def test_consolidation_stays_in_the_namespaces_that_are_named(service: Ser
     reply = await service.ok("run_consolidation", namespaces=["b"])
     assert {each["namespace"] for each in reply["results"]} == {"b"}
     assert service.rows("SELECT count(*) FROM memories WHERE namespace = 'a' AND state = 'archived'") == [(0,)]
+
+
+async def _other(originals: Sequence[Original], budget_chars: int, embed: Embed) -> str:
+    return "what somebody else says of them"
+
+
+@service_test(**FADING_KIN)
+async def test_the_digest_is_also_of_what_is_merged_into_what(service: Service) -> None:
+    session_id = await service.session()
+    for content in ("Ada saw the lake in the rain", "In the rain Ada saw the lake and the train"):
+        await service.add(content, parent_id=session_id, importance=FADING)
+    await service.settled()
+    service.clock.ahead_s += 8 * 86_400.0
+    first = await service.ok("run_consolidation", dry_run=True)
+    assert first["counts"]["summary"] == 1
+    as_of = first["as_of"]
+    assert (await service.ok("run_consolidation", dry_run=True, as_of=as_of))["digest"] == first["digest"]
+    consolidating = service.runtime._maintaining._merges._consolidating
+    with mock.patch.object(consolidating, "_summariser", _other):
+        second = await service.ok("run_consolidation", dry_run=True, as_of=as_of)
+    assert second["results"] == first["results"]
+    assert second["digest"] != first["digest"]

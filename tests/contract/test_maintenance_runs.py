@@ -14,6 +14,7 @@ from unittest import mock
 import pytest
 
 from memory_system import protocol
+from memory_system.errors import StorageFull
 from memory_system.protocol import ADMIN_ACTIONS
 from memory_system.service.run import Run
 from memory_system.service.runs import Asker
@@ -408,6 +409,18 @@ async def test_a_jump_stops_a_run_between_two_slices(service: Service) -> None:
         Run.progress = untouched  # type: ignore[method-assign]
     assert service.rows("SELECT count(*) FROM memories WHERE state = 'archived'") == [(2,)]
     assert (await service.ok("list_runs"))["results"][0]["error"]["error_code"] == "clock_unsettled"
+
+
+@service_test(**STEADY)
+async def test_a_run_whose_end_could_not_be_noted_does_not_stand_as_running_for_ever(service: Service) -> None:
+    with mock.patch.object(stored_runs, "finish", side_effect=StorageFull("the disk is full")):
+        await service.fails("storage_full", "run_decay")
+    states = [run["state"] for run in (await service.ok("list_runs"))["results"]]
+    assert states == ["running"]
+    await service.ok("run_cleanup")
+    await service.ok("run_decay")
+    states = [run["state"] for run in (await service.ok("list_runs", job="decay"))["results"]]
+    assert states == ["done", "interrupted"]
 
 
 @service_test()

@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from memory_system.service.run import LANE
+from memory_system.storage import cleaning
 from memory_system.storage.context import Reply, WriteContext
 from memory_system.storage.group import Group, GroupRunner, Outcome
 from memory_system.storage.jobs import WriteJob
 from tests.support.runs import ARCHIVED, DAY_S, DECAY, FADING, PROMOTED, STEADY, old_memories, reported
-from tests.support.service import Service, eventually, request_id, service_test
+from tests.support.service import Service, eventually, request_id, running_service, service_test
 
 MIXED = [PROMOTED, ARCHIVED, FADING, ARCHIVED, PROMOTED]
 KEEP_ALL = {**STEADY, "lifecycle__short__max_age_days": 3000, "lifecycle__short__decay_rate": 0}
@@ -166,8 +169,10 @@ async def test_cleanup_does_what_its_dry_run_shows(service: Service) -> None:
     assert stored(service) == before
     done = await service.ok("run_cleanup", as_of=seen["as_of"])
     assert reported(done) == reported(seen)
-    assert seen["counts"] == {"deleted": 2, "idempotency_keys": 0, "runs": 0}
-    shown = {each["memory_id"]: (each["from"], each["to"], each["reason"]) for each in seen["results"]}
+    # The top and, but for its session, the middle; the top, the middle and five leaves were made in the session.
+    assert seen["counts"] == {"deleted": 2, "handed_over": 1 + 5 + 7, "idempotency_keys": 0, "runs": 0}
+    deleted = [each for each in seen["results"] if each["to"] == "deleted"]
+    shown = {each["memory_id"]: (each["from"], each["to"], each["reason"]) for each in deleted}
     assert shown == dict.fromkeys((f["session"], f["middle"]), ("active", "deleted", "expired"))
     left = dict(service.rows("SELECT memory_id, coalesce(parent_id, '-') || coalesce(session_id, '-') FROM memories"))
     assert len(left) == 7
@@ -179,6 +184,35 @@ async def test_cleanup_does_what_its_dry_run_shows(service: Service) -> None:
     assert (await service.ok("get_memory", memory_id=f["leaf"]))["memory"]["parent_id"] == f["top"]
     again = await service.ok("run_cleanup")
     assert again["changes"] == 0
+
+
+@pytest.mark.parametrize("slice_rows", [1, 2, 25])
+@pytest.mark.parametrize("order", ["parents first", "children first"])
+def test_what_hangs_below_several_that_expire_is_handed_to_who_stays(
+    tmp_path: Path, slice_rows: int, order: str
+) -> None:
+    async def scenario() -> None:
+        async with running_service(tmp_path, **KEEP_ALL, maintenance__slice_rows=slice_rows) as service:
+            parents: list[str] = []
+            for depth in range(5):  # all but the highest expire
+                after_s = 10.0 * (depth if order == "parents first" else 5 - depth)
+                ends = {"expires_at": service.clock.time() + after_s} if depth else {}
+                tie = {"parent_id": parents[-1]} if parents else {}
+                parents.append(await service.add(f"depth {depth}", **tie, **ends))
+            staying = [await service.add(f"leaf below {parent}", parent_id=parent) for parent in parents]
+            service.clock.ahead_s = 100.0
+            before = dict(service.rows("SELECT memory_id, parent_id FROM memories"))
+            seen = await service.ok("run_cleanup", dry_run=True)
+            done = await service.ok("run_cleanup", as_of=seen["as_of"])
+            assert reported(done) == reported(seen)
+            assert {each["memory_id"] for each in done["results"] if each["to"] == "deleted"} == set(parents[1:])
+            after = dict(service.rows("SELECT memory_id, parent_id FROM memories"))
+            assert after == {parents[0]: None, **dict.fromkeys(staying, parents[0])}
+            told = {each["memory_id"]: each["to"] for each in done["results"] if each["reason"] == "parent_deleted"}
+            told = {memory_id: parent for memory_id, parent in told.items() if memory_id in after}
+            assert told == {name: after[name] for name in after if after[name] != before[name]}
+
+    asyncio.run(scenario())
 
 
 @service_test(**KEEP_ALL, maintenance__slice_rows=3)
@@ -242,6 +276,11 @@ async def test_originals_of_a_consolidated_memory_are_not_deleted(service: Servi
     done = await service.ok("run_cleanup", as_of=seen["as_of"])
     assert reported(seen) == reported(done)
     assert [each["memory_id"] for each in done["results"]] == [ids[2]]
+    # Nor one that has become an original since the run looked.
+    ((row_id,),) = service.rows("SELECT row_id FROM memories WHERE memory_id = ?", ids[0])
+    now_s = service.clock.time()
+    await write(service, partial(cleaning.remove_expired, row_ids=[row_id], as_of_s=now_s, budget=10), "default")
+    assert service.rows("SELECT count(*) FROM memories WHERE memory_id = ?", ids[0]) == [(1,)]
 
 
 @service_test(**KEEP_ALL, maintenance__runs_kept_days=10)
@@ -265,6 +304,29 @@ async def test_cleanup_of_keys_and_runs(service: Service) -> None:
     assert seen["counts"] == {"idempotency_keys": 1, "runs": 5}
     left = [run["job"] for run in (await service.ok("list_runs"))["results"]]
     assert left == ["cleanup", "cleanup", "checkpoint", "cleanup", "cleanup", "decay"], "the last of each job stays"
+
+
+@service_test(**KEEP_ALL, maintenance__runs_kept_days=1)
+async def test_the_last_run_of_each_caller_is_kept(service: Service) -> None:
+    """What the scheduler had done for a fire time is on record, whatever a person asked for since."""
+    scheduled = {"request_id": "scheduled-decay-2026-01-01T00:00:00Z", "agent_id": "memory_scheduler"}
+    await service.ok("run_decay", {**scheduled, "request_id": "scheduled-decay-2025-12-01T00:00:00Z"})
+    first = await service.ok("run_decay", scheduled)
+    for dry_run in (False, False, True, True):
+        await service.ok("run_decay", {"agent_id": "operator"}, dry_run=dry_run)
+    service.clock.ahead_s = 2 * DAY_S
+    seen = await service.ok("run_cleanup", dry_run=True)
+    done = await service.ok("run_cleanup", as_of=seen["as_of"])
+    assert seen["counts"]["runs"] == done["counts"]["runs"] == 3
+    left = (await service.ok("list_runs", job="decay"))["results"]
+    assert [(run["asked_by"], run["dry_run"]) for run in left] == [
+        ("operator", True),
+        ("operator", False),
+        ("memory_scheduler", False),
+    ]
+    again = await service.ok("run_decay", scheduled)
+    assert again["replayed"] is True
+    assert again["run_id"] == first["run_id"]
 
 
 @service_test(**KEEP_ALL)
@@ -304,8 +366,8 @@ class counted:
         del self._runner._run_job
 
 
-async def write(service: Service, function: Any) -> None:
-    await service.runtime._writer.submit(WriteJob(function, "", counted=False))
+async def write(service: Service, function: Any, namespace: str = "") -> None:
+    await service.runtime._writer.submit(WriteJob(function, namespace, counted=False))
 
 
 def many_due(count: int) -> Any:

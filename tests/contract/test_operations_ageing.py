@@ -218,7 +218,7 @@ async def test_sessions_do_not_age(service: Service) -> None:
     assert (await service.record(session_id))["importance"] == 1.0
 
 
-@service_test(lifecycle__types=TYPES)
+@service_test(lifecycle__memory_types=TYPES)
 async def test_types_have_defaults_of_their_own(service: Service) -> None:
     fact = await service.add("f", memory_type="knowledge_fact")
     named = await service.add("n", memory_type="knowledge_fact", memory_tier="short", importance=0.4)

@@ -57,6 +57,7 @@ def test_an_export_put_into_an_empty_store_gives_the_same_memories(
             assert await lines_of(service, all_namespaces=True, vectors=vectors) == lines
         after = everything(tmp_path / "two" / "memory.db")
         assert after == _without(before, gone)
+        assert len(after["undone"]) == 2
 
     asyncio.run(scenario())
 
@@ -142,6 +143,29 @@ async def test_conflicts_are_reported_and_nothing_is_overwritten_unless_asked(se
 
 
 @service_test(**SETTINGS)
+async def test_what_was_undone_is_not_consolidated_again_after_an_import(service: Service) -> None:
+    await fill(service)
+    undone = service.rows("SELECT memory_id FROM consolidations_undone JOIN memories USING (row_id) ORDER BY memory_id")
+    lines = await lines_of(service)
+    around = {"namespace": "copy"}
+    own = [{name: value for name, value in line.items() if name != "namespace"} for line in lines]
+    await service.ok("import_memories", around, records=own)
+    again = await service.ok("run_consolidation", namespaces=["copy"])
+    assert again["counts"]["faded"] >= 2
+    assert not {each["memory_id"] for each in again["results"]} & {memory_id for (memory_id,) in undone}
+
+    # The mark goes with the line where the line takes the memory's place, and only there.
+    unmarked = [{name: value for name, value in line.items() if name != "undone_at"} for line in own]
+    assert (await service.ok("import_memories", around, records=unmarked))["overwritten"] == {}
+    counted = "SELECT count(*) FROM consolidations_undone u JOIN memories m USING (row_id) WHERE m.namespace = 'copy'"
+    assert service.rows(counted) == [(2,)]
+    await service.ok("import_memories", around, records=unmarked, on_conflict="overwrite")
+    assert service.rows(counted) == [(0,)]
+    await service.ok("import_memories", around, records=own, on_conflict="overwrite")
+    assert service.rows(counted) == [(2,)]
+
+
+@service_test(**SETTINGS)
 async def test_a_dry_run_says_what_would_be_done_and_does_nothing(service: Service) -> None:
     await fill(service)
     lines = [line for line in await lines_of(service)]
@@ -188,6 +212,17 @@ async def test_a_state_that_is_not_held_any_more_is_said_to_be_gone(service: Ser
         await service.ok("export_memories", limit=1, cursor=cursor)
     await service.fails("invalid_cursor", "export_memories", limit=1, cursor=cursors[3], vectors=True)
     await service.fails("invalid_cursor", "export_memories", {"namespace": "other"}, limit=1, cursor=cursors[3])
+
+
+@service_test()
+async def test_exports_that_begin_together_hold_no_more_states_than_there_may_be(service: Service) -> None:
+    await service.add("one")
+    await service.add("two")
+    replies = await asyncio.gather(*(service.ask("export_memories", limit=1) for _ in range(3 * exports.MAX_OPEN)))
+    held: exports.Exports = service.runtime.dispatcher._handlers["export_memories"].__self__._exports  # type: ignore
+    assert len(held._held) == exports.MAX_OPEN
+    codes = [reply.get("error_code") for reply in replies if reply["status"] == "error"]
+    assert set(codes) <= {"busy"}
 
 
 def test_a_state_without_a_reader_is_let_go(tmp_path: Path) -> None:

@@ -136,6 +136,8 @@ async def test_versions_that_are_no_integers(service: Service, version: Any) -> 
 
 WITHOUT_REQUIRED_DATA = {
     "list_sessions", "list_context_groups", "list_memories", "stats", "get_commit_seq", "health_check",
+    "run_decay", "run_consolidation", "run_cleanup", "run_snapshot", "run_checkpoint", "run_integrity_check",
+    "list_runs", "backup", "reindex", "export_memories",
 }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from memory_system.protocol import ACTIONS
+from memory_system.protocol import ACTIONS, ADMIN_ACTIONS
 from tests.support.service import Service, service_test
 from tests.support.wire import request_id
 
@@ -43,6 +43,7 @@ def refused(t: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
         (nothing, "add_relationship", {"source_id": parent, "target_id": child, "relationship_type": "r"}),
         (nothing, "remove_relationship", {"source_id": parent, "target_id": child}),
         (nothing, "search_similar", {"memory_id": child}),
+        (nothing, "undo_consolidation", {"memory_id": parent}),
         (nothing, "add_memory", {"content": "x", "parent_id": parent}),
         (nothing, "batch_add_memories", {"memories": [{"content": "x", "parent_id": parent}]}),
         (no_session, "get_session", {"session_id": session}),
@@ -64,10 +65,13 @@ def empty(t: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
         ("search_memory", {"query": "trumpet", "parent_id": t["parent"]}),
         ("semantic_search", {"query": "trumpet", "mode": "dense"}),
         ("semantic_search", {"query": "trumpet"}),
+        ("export_memories", {}),
     ]
 
 
 UNBOUND = {"create_session", "create_context_group", "health_check", "get_commit_seq"}
+# Maintenance is of the whole store, whoever asks for it; an import names the namespace of each line or takes its own.
+UNBOUND |= ADMIN_ACTIONS - {"export_memories", "undo_consolidation"}
 
 
 @service_test()

@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import math
+import os
 import random
 import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
-from memory_system import lifecycle
+from memory_system import lifecycle, runtime
 from memory_system.digest import content_digest
-from memory_system.errors import StorageFailed
+from memory_system.errors import ShuttingDown, StorageFailed
 from memory_system.lifecycle_settings import LifecycleSettings, TierSettings
 from memory_system.models import Memory
+from memory_system.settings import load_settings
 from memory_system.storage import database, rebase, rows
 from tests.support.ageing import DAY_S
-from tests.support.service import PROJECT, running_orchestrator, wait_until
+from tests.support.service import PROJECT, environment, eventually, running_orchestrator, wait_until
 
 OLD = LifecycleSettings()
 NEW = replace(
@@ -158,7 +164,7 @@ def test_a_promotion_that_was_due_is_kept(path: Path) -> None:
     due = {row.memory_id for row in stored(path) if lifecycle.decide(OLD, row, as_of_s).kind == "promote"}
     assert len(due) > 5
     with opened(path) as db:
-        rebase.bring_up(db, replace(OLD, long=NEW.short), as_of_s)
+        rebase.bring_up(db, replace(OLD, delete_after_days=30.0), as_of_s)
     assert {row.memory_id for row in stored(path) if row.promote_at == as_of_s} == due
 
 
@@ -210,14 +216,36 @@ def _interrupted(db: sqlite3.Connection) -> None:
     """A rebase to NEW that ends in its fourth slice."""
     inner, calls = rebase._slice, iter(range(100))
 
-    def breaking(db: sqlite3.Connection, after: int, limit: int) -> list[rebase.DueRow]:
+    def breaking(*arguments: Any) -> list[rebase.DueRow]:
         if next(calls) == 3:
             raise KeyboardInterrupt
-        return inner(db, after, limit)
+        return inner(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rebase, "_slice", breaking)
         rebase.bring_up(db, NEW, CHANGE_S, slice_rows=50)
+
+
+def test_only_tiers_that_change_are_re_based(path: Path) -> None:
+    before = {row.memory_id: row for row in stored(path)}
+    with opened(path) as db:
+        done = rebase.bring_up(db, replace(OLD, medium=NEW.medium), CHANGE_S)
+    after = stored(path)
+    medium = [row for row in after if row.memory_tier == "medium" and row.memory_type != "session"]
+    assert 0 < done == len(medium) < len(after)
+    assert all(row == before[row.memory_id] for row in after if row not in medium)
+    assert all(row.importance_at == CHANGE_S for row in medium)
+
+
+def test_one_that_is_stopped_goes_on_at_the_next_start(path: Path) -> None:
+    before, looks = stored(path), iter([False, False, True])
+    with opened(path) as db, pytest.raises(ShuttingDown):
+        rebase.bring_up(db, NEW, CHANGE_S, slice_rows=50, stopped=lambda: next(looks))
+    moved = sum(row.importance_at == CHANGE_S for row in stored(path))
+    assert 0 < moved <= 100
+    with opened(path) as db:
+        assert rebase.bring_up(db, NEW, CHANGE_S + DAY_S, stopped=lambda: False) > 0
+    assert_rebased(before, stored(path), CHANGE_S)
 
 
 def test_what_cannot_be_read_is_left_alone(path: Path) -> None:
@@ -232,6 +260,40 @@ def test_what_cannot_be_read_is_left_alone(path: Path) -> None:
         with pytest.raises(StorageFailed, match="missing in meta"):
             rebase.bring_up(db, NEW, CHANGE_S)
     assert stored(path) == before
+
+
+def test_while_it_lasts_the_service_says_that_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who hears nothing of a program for long takes it for hung, and has it killed."""
+    beats: list[Any] = []
+    ends = threading.Event()
+    settings = load_settings(environ={**environment(tmp_path, {}), "MEMORY_CONFIG": os.devnull})
+
+    def endless(*_: Any, stopped: Callable[[], bool]) -> int:
+        while not stopped():
+            time.sleep(0.01)
+        raise ShuttingDown("stopped")
+
+    async def started() -> None:
+        service = runtime.Runtime(settings, on_fatal=print, health=dict)
+        start = asyncio.create_task(service.start(ends.is_set))
+
+        async def beaten() -> bool:
+            return bool(beats)
+
+        try:
+            await eventually(beaten)
+            assert beats[0]() == {"state": "starting", "readiness": {"store": "loading"}}
+            ends.set()
+            with pytest.raises(ShuttingDown):
+                await start
+        finally:
+            ends.set()
+            await service.close()
+
+    monkeypatch.setattr(rebase, "bring_up", endless)
+    monkeypatch.setattr(runtime, "_QUICK_START_S", 0.01)
+    monkeypatch.setattr(runtime.Reporting, "start", lambda _self, figures: beats.append(figures))
+    asyncio.run(started())
 
 
 def test_the_service_re_bases_before_it_answers(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from memory_system.deployment import Address, program_addresses
+from memory_system.deployment import Address, longest_stop_s, program_addresses
 from memory_system.errors import ConfigError
 from memory_system.settings import NetworkSettings, Settings
 
@@ -21,6 +21,14 @@ def written(tmp_path: Path, text: str) -> Path:
 def test_the_programs_of_this_project() -> None:
     found = program_addresses(Settings())
     assert found["orchestrator"] == Address("network", "127.0.0.1", 7140)
+
+
+def test_programs_stop_one_after_the_other(tmp_path: Path) -> None:
+    text = "[supervisord]\n[program:b]\naddress=health\nstopwaitsecs=8 ; then KILL\n[program:a]\naddress=network\n"
+    assert longest_stop_s(written(tmp_path, text)) == 18.0
+    assert longest_stop_s() == 8.0 * len(program_addresses(Settings()))
+    with pytest.raises(ConfigError, match=r"\[program:b\] has stopwaitsecs=soon: expected whole seconds"):
+        longest_stop_s(written(tmp_path, text.replace("8 ;", "soon ;")))
 
 
 def test_every_program_listens_on_the_address_of_the_service(tmp_path: Path) -> None:

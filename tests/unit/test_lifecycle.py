@@ -217,7 +217,11 @@ def test_use_and_reinforcement_earn_a_promotion() -> None:
 def test_types_say_what_their_memories_begin_with() -> None:
     settings = replace(
         SETTINGS,
-        types={"fact": TypeSettings("long", 0.7, 1.1), "note": TypeSettings(importance=0.0), "log": TypeSettings()},
+        memory_types={
+            "fact": TypeSettings("long", 0.7, 1.1),
+            "note": TypeSettings(importance=0.0),
+            "log": TypeSettings(),
+        },
     )
     assert lifecycle.start_of(settings, "fact") == ("long", 0.7)
     assert lifecycle.start_of(settings, "note") == ("short", 0.0)

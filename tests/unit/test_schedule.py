@@ -106,6 +106,15 @@ def test_a_clock_that_was_put_back_repeats_nothing() -> None:
     assert schedule.pending(concluded, START_S + 3601) is None
 
 
+def test_what_was_done_for_a_later_time_needs_no_earlier_one() -> None:
+    """As when the jitter of the job was raised since: by the new one the last run has not begun yet."""
+    schedule = Schedule("decay", Interval(3600), jitter_s=600.0)
+    fire_s = next(each for each in range(int(START_S), int(START_S) + 86_400, 3600) if schedule.delay_s(each) > 0)
+    assert schedule.due(fire_s) == fire_s - 3600
+    assert schedule.pending({fire_s}, fire_s) is None
+    assert schedule.pending(set(), fire_s) == fire_s - 3600
+
+
 @pytest.mark.parametrize("job", [name for name, _ in JobsSettings().items()])
 def test_the_name_of_a_run_is_made_of_the_job_and_the_fire_time_and_tells_both(job: str) -> None:
     schedule = Schedule(job, Interval(60), 30.0, "here")

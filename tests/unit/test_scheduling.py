@@ -84,7 +84,8 @@ def test_what_cannot_be_is_refused_with_its_key(tmp_path: Path, file: str, words
     ("fields", "words"),
     [
         ({"counts": {"archive": 3, "promote": 0}, "changes": 3}, "archive 3"),
-        ({"counts": {"archive": 0}, "changes": 0}, "nothing to do"),
+        ({"job": "decay", "counts": {"archive": 0}, "changes": 0}, "nothing to do"),
+        ({"job": "backup", "counts": {"memories": 0}, "changes": 0}, "done"),
         ({"counts": {}, "changes": 7}, "changes 7"),
         ({"progress": {"part": "due", "done": 40, "total": 90}, "counts": {}}, "due 40 of 90"),
         ({"progress": {"part": "due", "done": 40, "total": None}}, "due 40"),

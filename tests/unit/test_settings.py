@@ -154,36 +154,47 @@ def test_numbers_are_taken_up_to_their_bounds_and_not_beyond(key: Key) -> None:
 
 
 def test_types_are_a_table_of_their_own(tmp_path: Path) -> None:
-    text = "lifecycle:\n  types:\n    fact: {memory_tier: long, importance: 1}\n    note: {}\n"
-    types = load_settings(write(tmp_path, text), {}).lifecycle.types
+    text = "lifecycle:\n  memory_types:\n    fact: {memory_tier: long, importance: 1}\n    note: {}\n"
+    types = load_settings(write(tmp_path, text), {}).lifecycle.memory_types
     assert types == {"fact": TypeSettings("long", 1.0, None), "note": TypeSettings()}
     assert isinstance(types["fact"].importance, float)
-    environ = {"MEMORY__LIFECYCLE__TYPES": "{fact: {reinforcement_factor: 1.5}}"}
-    types = load_settings(write(tmp_path, text), environ).lifecycle.types
+    environ = {"MEMORY__LIFECYCLE__MEMORY_TYPES": "{fact: {reinforcement_factor: 1.5}}"}
+    types = load_settings(write(tmp_path, text), environ).lifecycle.memory_types
     assert types == {"fact": TypeSettings(reinforcement_factor=1.5)}
-    assert load_settings(write(tmp_path, "lifecycle:\n  types:\n"), {}).lifecycle.types == {}
+    assert load_settings(write(tmp_path, "lifecycle:\n  memory_types:\n"), {}).lifecycle.memory_types == {}
 
 
 @pytest.mark.parametrize(
     ("table", "parts"),
     [
-        ("{fact: {importnce: 1}}", ["unknown key lifecycle.types.fact.importnce", "lifecycle.types.fact.importance"]),
-        ("{fact: {importance: 2}}", ["lifecycle.types.fact.importance = 2: expected a number from 0 to 1"]),
-        ("{fact: {memory_tier: forever}}", ["lifecycle.types.fact.memory_tier = 'forever': expected one of short, m"]),
-        ("{fact: {importance: null}}", ["lifecycle.types.fact.importance = None: expected a number"]),
-        ("{fact: 0.5}", ["lifecycle.types = {'fact': 0.5}: expected a mapping of a memory type to any of memory_tier"]),
-        ("[fact]", ["lifecycle.types = ['fact']: expected a mapping"]),
-        ("{1: {}}", ["lifecycle.types = {1: {}}: expected a mapping"]),
-        ("{fact: {}, fact: {}}", ["lifecycle.types.fact is given twice"]),
-        ("{fact: {importance: 0, importance: 1}}", ["lifecycle.types.fact.importance is given twice"]),
+        (
+            "{fact: {importnce: 1}}",
+            ["unknown key lifecycle.memory_types.fact.importnce", "memory_types.fact.importance"],
+        ),
+        ("{fact: {importance: 2}}", ["lifecycle.memory_types.fact.importance = 2: expected a number from 0 to 1"]),
+        (
+            "{fact: {memory_tier: forever}}",
+            ["memory_types.fact.memory_tier = 'forever': expected one of short, m"],
+        ),
+        ("{fact: {importance: null}}", ["lifecycle.memory_types.fact.importance = None: expected a number"]),
+        (
+            "{fact: 0.5}",
+            ["memory_types = {'fact': 0.5}: expected a mapping of a memory type to any of memory_tier"],
+        ),
+        ("[fact]", ["lifecycle.memory_types = ['fact']: expected a mapping"]),
+        ("{1: {}}", ["lifecycle.memory_types = {1: {}}: expected a mapping"]),
+        ("{fact: {}, fact: {}}", ["lifecycle.memory_types.fact is given twice"]),
+        ("{fact: {importance: 0, importance: 1}}", ["lifecycle.memory_types.fact.importance is given twice"]),
     ],
 )
 def test_types_are_checked_entry_by_entry(tmp_path: Path, table: str, parts: list[str]) -> None:
-    message = refusal(write(tmp_path, f"lifecycle:\n  types: {table}\n"))
+    message = refusal(write(tmp_path, f"lifecycle:\n  memory_types: {table}\n"))
     assert all(part in message for part in [*parts, "my.yaml:2: "]), message
     if "twice" not in message:
-        message = refusal(environ={"MEMORY__LIFECYCLE__TYPES": table})
-        assert all(part in message for part in [*parts, "environment variable MEMORY__LIFECYCLE__TYPES"]), message
+        message = refusal(environ={"MEMORY__LIFECYCLE__MEMORY_TYPES": table})
+        assert all(part in message for part in [*parts, "environment variable MEMORY__LIFECYCLE__MEMORY_TYPES"]), (
+            message
+        )
 
 
 def test_relative_paths_start_at_the_project_whatever_the_current_folder(
