@@ -14,7 +14,7 @@ from memory_system.access import AccessBuffer
 from memory_system.cache import make_caches
 from memory_system.dispatch import Dispatcher, Handler
 from memory_system.embedding import EmbedderState, EmbeddingQueue, Vectors, make_embedder
-from memory_system.errors import CannotStart, MemorySystemError, ShuttingDown
+from memory_system.errors import CannotStart, MemorySystemError, ShuttingDown, StorageFailed
 from memory_system.housekeeping import Housekeeping
 from memory_system.log import get_logger
 from memory_system.metrics import Family, traffic_families
@@ -155,8 +155,10 @@ class Runtime:
         db = open_store(self._path, self._settings.storage.synchronous)
         try:
             rebase.bring_up(db, self._settings.lifecycle, time.time(), stopped=stopped)
-        except BaseException:
+        except BaseException as error:
             db.close()
+            if isinstance(error, sqlite3.Error):
+                raise StorageFailed(f"{self._path} cannot be written: {error}") from error
             raise
         return db
 

@@ -247,9 +247,24 @@ def test_after_a_failed_sync_nothing_more_is_acknowledged_and_the_service_ends(
     assert orchestrator.ask("stats")["memories"] == len(stored) + 1
 
 
+@pytest.mark.parametrize("call", [1, 7, 8])
+def test_a_sync_that_fails_at_the_start_is_one_clear_line(
+    failing_disk: Callable[[int], Orchestrator], call: int
+) -> None:
+    orchestrator = failing_disk(call)
+    process = orchestrator.launch()
+    try:
+        _, told = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert process.returncode == 1
+    assert "disk I/O error" in told
+    assert "Traceback" not in told
+
+
 def test_a_call_survives_a_failed_sync_and_is_done_once(failing_disk: Callable[[int], Orchestrator]) -> None:
     """The client repeats the call under its request_id until the service is back, whatever became of the first try."""
-    orchestrator = failing_disk(8)
+    orchestrator = failing_disk(10)
     orchestrator.start()
     replies: list[Reply] = []
 

@@ -19,6 +19,11 @@ async def test_one_clients_crowd_does_not_hold_up_another(service: Service) -> N
     for number, peer in enumerate([b"a"] * 20 + [b"b"]):
         body = encode(envelope("add_memory", {"content": f"{number}"}), service.encoding)
         service.runtime.dispatcher.handle(body, replies.append, peer)
+
+    async def waiting() -> bool:
+        return service.runtime._writer.depth == 21
+
+    await eventually(waiting)  # else those that came first are a group before the last one is there
     release.set()
     await held
 
