@@ -1,6 +1,6 @@
 # `make help` lists the targets. Variables: PYTHON (the interpreter for the virtual environment), CONFIG (a
 # configuration file), DATA (a conversation for the demo), PIP_ARGS (further options of pip install), BOOT_DIR (where
-# install-boot writes instead of systemd's folder), FROM and TO (files of restore, export, import).
+# install-boot writes instead of systemd's folder), FROM and TO (files of restore, export and the imports).
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -15,10 +15,10 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help start-pc2 stop-pc2 status logs tail-errors jobs run-job backup restore export import demo test lint type coverage fuzz bench bench-due bench-maintenance bench-consolidation install-boot uninstall-boot clean
+.PHONY: help start-pc2 stop-pc2 status logs tail-errors jobs run-job backup restore export import import-facts import-sessions demo test lint type coverage fuzz bench bench-due bench-maintenance bench-consolidation install-boot uninstall-boot clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
 
 start-pc2: $(SERVICE) ## Install what is missing, start all programs, wait until they are healthy (CONFIG=file)
 	@$(PY) scripts/pc2.py start
@@ -52,6 +52,12 @@ export: $(SERVICE) ## Write all memories to a file of JSON lines (TO=file; ARGS=
 
 import: $(SERVICE) ## Put the memories of an exported file into the store (FROM=file; ARGS="--overwrite --dry-run")
 	@$(PY) scripts/import_memories.py "$(FROM)" $(ARGS)
+
+import-facts: $(SERVICE) ## Put an older knowledge base into the new one (FROM=SQLite or JSONL file; ARGS="--dry-run")
+	@$(PY) scripts/import_facts.py $(if $(FROM),"$(FROM)") $(ARGS)
+
+import-sessions: $(SERVICE) ## Put conversations into the session memory (FROM=JSON or JSONL file; ARGS="--user-id ada")
+	@$(PY) scripts/import_sessions.py $(if $(FROM),"$(FROM)") $(ARGS)
 
 demo: $(SERVICE) ## Store a long conversation and ask about it (DATA=file)
 	@$(PY) examples/demo.py $(if $(DATA),"$(DATA)")

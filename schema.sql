@@ -53,17 +53,20 @@ CREATE TABLE memories (
 
 CREATE INDEX memories_by_creation ON memories (namespace, created_at);
 CREATE INDEX memories_by_parent ON memories (namespace, parent_id, created_at) WHERE parent_id IS NOT NULL;
-CREATE INDEX memories_by_session ON memories (namespace, session_id) WHERE session_id IS NOT NULL;
+CREATE INDEX memories_by_session ON memories (namespace, session_id, created_at) WHERE session_id IS NOT NULL;
 CREATE INDEX memories_by_user ON memories (namespace, user_id) WHERE user_id IS NOT NULL;
 CREATE INDEX memories_by_due ON memories (due_at) WHERE due_at IS NOT NULL;
 CREATE INDEX sessions_by_creation ON memories (namespace, created_at) WHERE memory_type = 'session';
 
--- What a memory of type 'session' has beyond a memory.
+-- What a memory of type 'session' has beyond a memory. One that nobody ended has ended by itself when idle_timeout_s
+-- have passed since its newest memory, or since resumed_at: that is computed, never written.
 CREATE TABLE sessions (
-    row_id       INTEGER PRIMARY KEY REFERENCES memories (row_id) ON DELETE CASCADE,
-    session_type TEXT NOT NULL,
-    ended_at     REAL,
-    summary      TEXT
+    row_id         INTEGER PRIMARY KEY REFERENCES memories (row_id) ON DELETE CASCADE,
+    session_type   TEXT NOT NULL,
+    ended_at       REAL,
+    summary        TEXT,
+    idle_timeout_s REAL,
+    resumed_at     REAL
 ) STRICT;
 
 -- The versions that an update replaced.
@@ -204,4 +207,4 @@ WHEN old.memory_type <> 'session' AND old.content <> new.content BEGIN
     INSERT INTO memory_fts (rowid, content) VALUES (new.row_id, new.content);
 END;
 
-PRAGMA user_version = 3;
+PRAGMA user_version = 4;

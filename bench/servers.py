@@ -130,6 +130,24 @@ def start_service(
     return _ready(server, lambda: _wait_answer(server))
 
 
+def start_agent(folder: Path, agent: str, service: Server, settings: Mapping[str, str] | None = None) -> Server:
+    """The agent of this name (`session_memory`) with the built-in settings but for its port and where its service is.
+
+    `settings`: others of its section, by key.
+    """
+    port = _free_port()
+    section = f"MEMORY__AGENTS__{agent.upper()}__"
+    environ = {key: value for key, value in os.environ.items() if not key.startswith("MEMORY")}
+    environ["MEMORY__AGENTS__ORCHESTRATOR"] = service.endpoint
+    environ["MEMORY__ERROR_BUS__ENABLED"] = "false"
+    environ["MEMORY__LOG__DIR"] = str(folder / agent / "logs")
+    for key, value in {"port": str(port), **(settings or {})}.items():
+        environ[section + key.upper()] = value
+    server = Server(agent, [f"agents/{agent}_agent.py"], folder, environ)
+    server.endpoint = f"tcp://127.0.0.1:{port}"
+    return _ready(server, lambda: _wait_answer(server))
+
+
 def _ready(server: Server, wait: Any) -> Server:
     try:
         wait()

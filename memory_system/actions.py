@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import difflib
+import functools
 import inspect
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
@@ -26,8 +27,15 @@ from types import TracebackType
 from typing import Any, Final
 
 from memory_system import protocol
-from memory_system.envelope import Request, echo_id, encode, read_request
-from memory_system.errors import InternalError, MemorySystemError, ReplyTooLarge, ShuttingDown, UnknownAction
+from memory_system.envelope import FIELDS, Request, echo_id, encode, read_request, unknown_field
+from memory_system.errors import (
+    InternalError,
+    InvalidField,
+    MemorySystemError,
+    ReplyTooLarge,
+    ShuttingDown,
+    UnknownAction,
+)
 from memory_system.fields import Fields, Span, hints_of
 from memory_system.log import get_logger
 from memory_system.request_server import RequestServer
@@ -39,11 +47,15 @@ __all__ = ["ActionServer", "Actions", "Request", "Span"]
 log = get_logger("actions")
 
 Handler = Callable[..., Any]
+# (request, call) -> the result: does what `call()` does, with whatever has to be around it.
+Around = Callable[[Request, Callable[[], Any]], Any]
 HealthFigures = Callable[[], Mapping[str, Any] | Awaitable[Mapping[str, Any]]]
 
 # What a request is counted under that names no action of ours, or was not admitted.
 _INVALID: Final = "invalid"
 _REFUSED: Final = "refused"
+# Of the envelope, what an action may have as a field as well.
+_FIELDS_TOO: Final = ("session_id", "agent_id")
 _CANCEL_S: Final = 1.0  # for what a cancelled handler has to put back
 
 
@@ -55,18 +67,37 @@ class _Action:
     handler: Handler
     fields: Fields
     request_parameters: frozenset[str]
+    flat: bool
 
     @classmethod
-    def of(cls, name: str, handler: Handler) -> _Action:
+    def of(cls, name: str, handler: Handler, flat: bool) -> _Action:
         hints = hints_of(handler)
         takes_request = frozenset(each for each, hint in hints.items() if hint is Request and each != "return")
-        return cls(name, handler, Fields.of(handler, without=takes_request), takes_request)
+        return cls(name, handler, Fields.of(handler, without=takes_request), takes_request, flat)
 
-    def call(self, request: Request) -> Any:
-        arguments = self.fields.read(request.data, strict=not request.legacy)
+    def call(self, request: Request, around: Around | None) -> Any:
+        arguments = self.fields.read(self._data(request), strict=not request.legacy)
         for name in self.request_parameters:
             arguments[name] = request
-        return self.handler(**arguments)
+        if around is None:
+            return self.handler(**arguments)
+        return around(request, functools.partial(self.handler, **arguments))
+
+    def _data(self, request: Request) -> Mapping[str, Any]:
+        """`data`, with the fields that stand beside the action instead."""
+        readers, data = self.fields.readers, dict(request.data)
+        for name, value in request.beside.items():
+            if name in data:
+                raise InvalidField(name, f"{name} is given twice: in data and beside the action")
+            if name not in readers and not request.legacy:
+                raise unknown_field(name, [*readers, *FIELDS])
+            data[name] = value
+        for name in _FIELDS_TOO:
+            value = getattr(request, name)
+            wanted = name in readers and (request.flat or (self.flat and name in self.fields.required))
+            if wanted and name not in data and value is not None:
+                data[name] = value
+        return data
 
 
 @dataclass(slots=True)
@@ -82,11 +113,15 @@ class _Asked:
 class Actions:
     """Answers request bodies with functions; knows nothing of sockets.
 
-    `handlers`: action -> function. Raises TypeError for a function whose parameters cannot be fields.
+    `handlers`: action -> function. Raises TypeError for a function whose parameters cannot be fields. `flat`: requests
+    may give their fields beside `action` instead of in `data`. `around(request, call)` is asked for every result
+    instead of `call()`, if given.
     """
 
-    def __init__(self, handlers: Mapping[str, Handler]) -> None:
-        self._actions = {name: _Action.of(name, handler) for name, handler in handlers.items()}
+    def __init__(self, handlers: Mapping[str, Handler], *, flat: bool = False, around: Around | None = None) -> None:
+        self._actions = {name: _Action.of(name, handler, flat) for name, handler in handlers.items()}
+        self._flat = flat
+        self._around = around
         self._tasks: set[asyncio.Future[Any]] = set()
         self.traffic = Traffic()
 
@@ -103,11 +138,11 @@ class Actions:
         """Answer a request of a peer by calling `reply` exactly once, now or later on the event loop."""
         asked = _Asked(protocol.is_json(body), time.monotonic())
         try:
-            request = read_request(body, peer, address)
+            request = read_request(body, peer, address, flat=self._flat)
             asked.request_id = request.request_id
             action = self._find(request.action)
             asked.action = action.name
-            result = action.call(request)
+            result = action.call(request, self._around)
         except Exception as error:  # noqa: BLE001  whatever a request provokes is answered, never a crash
             if asked.request_id is None:
                 asked.request_id = echo_id(body)
@@ -186,7 +221,7 @@ class ActionServer:
     `name` is the program's, `address` such as `tcp://127.0.0.1:5600` (see `program.listen_address`), `port_key` the
     setting to name when the port is taken. The server answers `health_check` with its process's figures, over which
     those of `health()` are laid: at least `state`, and whatever tells how the program is. The limits are those of
-    `settings.limits`; from other hosts come in whom `settings.security` names.
+    `settings.limits`; from other hosts come in whom `settings.security` names. For `flat` and `around` see Actions.
 
     Either `async with`, or `bind()`, `start()`, and at the end `await drain()` and `close()`.
     """
@@ -200,10 +235,12 @@ class ActionServer:
         *,
         health: HealthFigures | None = None,
         port_key: str = "its port",
+        flat: bool = False,
+        around: Around | None = None,
     ) -> None:
         self._settings = settings
         self._health = health
-        self.actions = Actions({"health_check": self._health_check, **actions})
+        self.actions = Actions({"health_check": self._health_check, **actions}, flat=flat, around=around)
         self._server = RequestServer(address, settings, program=name, port_key=port_key)
 
     def __repr__(self) -> str:

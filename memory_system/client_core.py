@@ -282,6 +282,11 @@ class ClientCore(abc.ABC, Generic[R]):
         pid = os.getpid()
         return self._breakers.get(pid) or self._breakers.setdefault(pid, CircuitBreaker(*self._breaker_limits))
 
+    def _caller(self) -> dict[str, str]:
+        """The fields of the envelope that say who calls."""
+        fields = {"namespace": self.namespace, "agent_id": self.agent_id, "session_id": self.session_id}
+        return {name: value for name, value in fields.items() if value is not None}
+
     def _begin(
         self, action: str, data: dict[str, Any] | None, deadline_ms: float | None, request_id: str | None
     ) -> Call:
@@ -290,12 +295,8 @@ class ClientCore(abc.ABC, Generic[R]):
             "action": action,
             "data": {} if data is None else data,
             "request_id": p.new_request_id() if request_id is None else request_id,
-            "namespace": self.namespace,
+            **self._caller(),
         }
-        if self.agent_id is not None:
-            request["agent_id"] = self.agent_id
-        if self.session_id is not None:
-            request["session_id"] = self.session_id
         now_s = time.monotonic()
         budget_ms = self.timeout_ms if deadline_ms is None else deadline_ms
         attempt_ms = budget_ms / 2.0 if self.attempt_timeout_ms is None else self.attempt_timeout_ms

@@ -5,13 +5,15 @@ from __future__ import annotations
 import configparser
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from memory_system.errors import ConfigError
 from memory_system.settings import PROJECT, Settings
 
 SUPERVISOR_CONFIG: Final = PROJECT / "config" / "supervisord.conf"
+_MAX_PORT: Final = 65_535
 _PROGRAM: Final = "program:"
 _STOP_S: Final = "10"  # supervisor's own default of stopwaitsecs
 _HERE: Final = {"0.0.0.0": "127.0.0.1", "localhost": "127.0.0.1", "::": "::1", "[::]": "::1"}
@@ -19,7 +21,7 @@ _HERE: Final = {"0.0.0.0": "127.0.0.1", "localhost": "127.0.0.1", "::": "::1", "
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where a program listens, and the settings section that says so."""
+    """Where a program listens, and the settings section that says so: empty for a program that has none."""
 
     section: str
     bind: str
@@ -45,16 +47,21 @@ class Address:
 
     @property
     def port_key(self) -> str:
-        return f"{self.section}.port"
+        return f"{self.section}.port" if self.section else "address in supervisord.conf"
 
 
 def program_addresses(settings: Settings, path: Path = SUPERVISOR_CONFIG) -> dict[str, Address]:
     """The address of each program that supervisord runs, by its name there, in the order of the file.
 
-    Raises ConfigError when the file cannot be read, or a program in it has no `address` that names a settings section
-    with a port.
+    Raises ConfigError when the file cannot be read, or a program in it has no `address` that is a port or names a
+    settings section with one.
     """
     return {name: _address(name, options.get("address", ""), settings) for name, options in _programs(path)}
+
+
+def settings_section(settings: Settings, name: str) -> Any:
+    """The section of this name: `network`, `agents.knowledge_base`. Raises AttributeError for one that is not there."""
+    return attrgetter(name)(settings)
 
 
 def longest_stop_s(path: Path = SUPERVISOR_CONFIG) -> float:
@@ -82,11 +89,16 @@ def _programs(path: Path) -> Iterator[tuple[str, Mapping[str, str]]]:
 
 
 def _address(program: str, section: str, settings: Settings) -> Address:
-    port = getattr(getattr(settings, section, None), "port", None)
+    if section.isdecimal() and len(section) <= 5 and 1 <= int(section) <= _MAX_PORT:
+        return Address("", settings.network.bind, int(section))
+    try:
+        port = settings_section(settings, section).port
+    except AttributeError:
+        port = None
     if not isinstance(port, int):
         raise ConfigError(
             f"[{_PROGRAM}{program}] has address={section or '(none)'}: "
-            "expected a section of the settings that has a port, such as network"
+            "expected a section of the settings that has a port, such as network, or a port"
         )
     return Address(section, settings.network.bind, port)
 

@@ -31,7 +31,7 @@ MAX_ITEMS: Final = 10_000  # in one list or map; msgpack makes room for as many 
 MAX_DEPTH: Final = protocol.MAX_DEPTH
 MAX_DEADLINE_MS: Final = 86_400_000.0
 
-_FIELDS: Final = ("action", "v", "data", "request_id", "agent_id", "session_id", "namespace", "deadline_ms")
+FIELDS: Final = ("action", "v", "data", "request_id", "agent_id", "session_id", "namespace", "deadline_ms")
 # A string that is never closed reaches to the end, and nothing is tried twice: linear for whatever comes.
 _STRINGS: Final = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
@@ -42,6 +42,7 @@ class Request:
     """What stands around the `data` of a request. `deadline_s` is monotonic; `legacy` callers send no `v`.
 
     `peer` names the connection; `address` is the caller's IP address, empty where all callers are of this machine.
+    `beside` has what a flat request gives beside its action instead of in `data`; `flat`: it has no `data` at all.
     """
 
     action: str
@@ -55,10 +56,12 @@ class Request:
     as_json: bool
     peer: bytes
     address: str = ""
+    beside: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    flat: bool = False
 
 
-def read_request(body: bytes, peer: bytes = b"", address: str = "") -> Request:
-    """Decode and check a request, all but the fields of its action.
+def read_request(body: bytes, peer: bytes = b"", address: str = "", *, flat: bool = False) -> Request:
+    """Decode and check a request, all but the fields of its action. `flat`: those may stand beside the action.
 
     Raises InvalidRequest, InvalidField, RequestTooLarge, UnsupportedVersion, DeadlineExceeded.
     """
@@ -68,10 +71,9 @@ def read_request(body: bytes, peer: bytes = b"", address: str = "") -> Request:
     if not legacy and (version != protocol.VERSION or isinstance(version, bool)):
         shown = version if isinstance(version, int) else "of this type"
         raise UnsupportedVersion(f"protocol version {shown} is not known; this program speaks {protocol.VERSION}")
-    if not legacy:
-        for name in raw:
-            if name not in _FIELDS:
-                raise unknown_field(name, _FIELDS)
+    beside = {name: value for name, value in raw.items() if name not in FIELDS}
+    if beside and not legacy and not flat:
+        raise unknown_field(next(iter(beside)), FIELDS)
     action = raw.get("action")
     if not isinstance(action, str) or not action:
         raise InvalidField("action", "action is required, as text")
@@ -87,6 +89,8 @@ def read_request(body: bytes, peer: bytes = b"", address: str = "") -> Request:
         as_json=protocol.is_json(body),
         peer=peer,
         address=address,
+        beside=beside if flat else {},
+        flat=flat and raw.get("data") is None,
     )
 
 

@@ -62,7 +62,11 @@ class InvalidField(MemorySystemError):
 
     def __init__(self, field: str, message: str, **details: Any) -> None:
         super().__init__(message, field=field, **details)
-        self.field = field
+
+    @property
+    def field(self) -> str:
+        """The field's name; "" in an error of somebody else's that has none."""
+        return str(self.details.get("field", ""))
 
 
 class InvalidFilter(MemorySystemError):
@@ -111,6 +115,12 @@ class SessionNotFound(MemorySystemError):
     """No such session in this namespace."""
 
     code = "session_not_found"
+
+
+class SessionEnded(MemorySystemError):
+    """The session has ended, and the program adds nothing to it until it is resumed."""
+
+    code = "session_ended"
 
 
 class GroupNotFound(MemorySystemError):
@@ -169,6 +179,13 @@ class VectorsUnavailable(MemorySystemError):
     """The call needs an embedding and there is none now: the model loads, or its worker is down."""
 
     code = "vectors_unavailable"
+    retryable = True
+
+
+class Unavailable(MemorySystemError):
+    """The program needs another one that does not answer now; wait `details.retry_after_ms`."""
+
+    code = "unavailable"
     retryable = True
 
 

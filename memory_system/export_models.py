@@ -24,6 +24,7 @@ from memory_system.params import (
     Text,
     Tier,
     Time,
+    Timeout,
     Unit,
     check_content,
 )
@@ -55,6 +56,8 @@ class SessionPart(Params, frozen=True, kw_only=True):
     session_type: Name = "conversation"
     ended_at: Time | None = None
     summary: Text | None = None
+    idle_timeout_s: Timeout | None = None
+    resumed_at: Time | None = None
 
 
 class VectorPart(Params, frozen=True, kw_only=True):

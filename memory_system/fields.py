@@ -157,22 +157,22 @@ def _base(kind: Any) -> Any:
     return dict if origin is Mapping else origin or kind
 
 
-def _expected(kind: Any) -> str:
-    """The values that an annotation admits, in words."""
+def expected(kind: Any) -> str:
+    """The values that an annotation admits, in words: `text of 1 to 128 characters or null`."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
-        return _expected(parts[0]) + "".join(part.words(parts[0]) for part in parts[1:] if isinstance(part, Span))
+        return expected(parts[0]) + "".join(part.words(parts[0]) for part in parts[1:] if isinstance(part, Span))
     if origin is Literal:
         return f"one of {', '.join(map(str, parts))}" if len(parts) > 1 else str(parts[0])
     if origin in (Union, types.UnionType):
-        return " or ".join(_expected(part) for part in parts)
+        return " or ".join(expected(part) for part in parts)
     if kind is type(None):
         return "null"
     return "a map" if dataclasses.is_dataclass(kind) else _PLAIN.get(_base(kind), "a value")
 
 
 def _wrong(path: str, kind: Any, value: object, **details: Any) -> InvalidField:
-    return InvalidField(path, f"{path}: expected {_expected(kind)}, got {noun(value)}", **details)
+    return InvalidField(path, f"{path}: expected {expected(kind)}, got {noun(value)}", **details)
 
 
 def _plain(kind: Any, where: str) -> Reader:
@@ -211,7 +211,7 @@ def _bounded(kind: Any, where: str) -> Reader:
                 raise
             raise _wrong(path, kind, value) from None
         if found is not None and not all(span.admits(found) for span in spans):
-            raise InvalidField(path, f"{path}: expected {_expected(kind)}")
+            raise InvalidField(path, f"{path}: expected {expected(kind)}")
         return found
 
     return read
@@ -226,7 +226,7 @@ def _choice(kind: Any) -> Reader:
             near = difflib.get_close_matches(value[:80], texts, n=1) if isinstance(value, str) else []
             hint = f"; did you mean {near[0]}?" if near else ""
             details = {"suggestion": near[0]} if near else {}
-            raise InvalidField(path, f"{path}: expected {_expected(kind)}{hint}", **details)
+            raise InvalidField(path, f"{path}: expected {expected(kind)}{hint}", **details)
         return value
 
     return read

@@ -96,3 +96,6 @@ class MetricsSettings:
     orchestrator_port: int = key(0, "HTTP port of the orchestrator's metrics; 0: none.", span=(0, 65535))
     health_manager_port: int = key(0, "HTTP port of the health manager's metrics; 0: none.", span=(0, 65535))
     memory_scheduler_port: int = key(0, "HTTP port of the scheduler's metrics; 0: none.", span=(0, 65535))
+    knowledge_base_agent_port: int = key(0, "HTTP port of the knowledge base's metrics; 0: none.", span=(0, 65535))
+    session_memory_agent_port: int = key(0, "HTTP port of the session memory's metrics; 0: none.", span=(0, 65535))
+    context_manager_agent_port: int = key(0, "HTTP port of the context manager's metrics; 0: none.", span=(0, 65535))

@@ -31,6 +31,7 @@ from memory_system.params import (
     Text,
     Tier,
     Time,
+    Timeout,
     Unit,
     check_content,
 )
@@ -58,12 +59,17 @@ class CreateSession(Params, frozen=True, kw_only=True):
     session_type: Name = "conversation"
     session_metadata: Raw = ABSENT
     metadata: Raw = ABSENT  # the name that the mesh's older agents use
+    idle_timeout_s: Timeout | None = None
     created_by: Name | None = None
 
 
 class EndSession(Params, frozen=True, kw_only=True):
     session_id: Id | None = None
     summary: Text | None = None
+
+
+class ResumeSession(Params, frozen=True, kw_only=True):
+    session_id: Id | None = None
 
 
 class GetSession(Params, frozen=True, kw_only=True):
@@ -270,6 +276,7 @@ class GetRequestStatus(Params, frozen=True, kw_only=True):
 PARAMS: dict[str, type[Params]] = {
     "create_session": CreateSession,
     "end_session": EndSession,
+    "resume_session": ResumeSession,
     "get_session": GetSession,
     "list_sessions": ListSessions,
     "add_memory": AddMemory,

@@ -23,6 +23,8 @@ Cursor = Annotated[str, Meta(min_length=1, max_length=1024)]
 Unit = Annotated[float, Meta(ge=0.0, le=1.0)]
 # Years 0 to 9999, which also keeps infinities and NaN out.
 Time = Annotated[float, Meta(ge=-62_167_219_200.0, le=253_402_300_799.0)]
+# Up to three hundred years.
+Timeout = Annotated[float, Meta(gt=0.0, le=1e10)]
 Limit = Annotated[int, Meta(ge=1, le=p.MAX_RESULTS)]
 Integer = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]

@@ -71,6 +71,7 @@ WRITE_ACTIONS: Final = frozenset(
     {
         "create_session",
         "end_session",
+        "resume_session",
         "add_memory",
         "update_memory",
         "delete_memory",

@@ -50,6 +50,29 @@ _CACHED_AT_ONCE: Final = 64
 _QUICK_START_S: Final = 1.0
 
 
+def _locked(path: Path) -> StoreLock:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return StoreLock(path)
+    except OSError as error:
+        raise CannotStart(
+            f"the store {path} cannot be opened: {error.strerror}; set storage.path to a writable place"
+        ) from error
+
+
+def _brought_up(path: Path, settings: Settings, stopped: Callable[[], bool]) -> sqlite3.Connection:
+    """The writing connection of a store of this schema and these settings; in a thread, as either may take long."""
+    db = open_store(path, settings.storage.synchronous)
+    try:
+        rebase.bring_up(db, settings.lifecycle, time.time(), stopped=stopped)
+    except BaseException as error:
+        db.close()
+        if isinstance(error, sqlite3.Error):
+            raise StorageFailed(f"{path} cannot be written: {error}") from error
+        raise
+    return db
+
+
 class Runtime:
     """Everything behind the socket. `start` opens the store and begins to load the rest; `close` flushes and stops."""
 
@@ -127,15 +150,8 @@ class Runtime:
         self._reporting.start(lambda: self._heartbeat())
 
     async def _open_store(self, stopped: Callable[[], bool]) -> None:
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            lock = StoreLock(self._path)
-        except OSError as error:
-            raise CannotStart(
-                f"the store {self._path} cannot be opened: {error.strerror}; set storage.path to a writable place"
-            ) from error
-        self._closers.append(lock.release)
-        opening = asyncio.ensure_future(asyncio.to_thread(self._brought_up, stopped))
+        self._closers.append(_locked(self._path).release)
+        opening = asyncio.ensure_future(asyncio.to_thread(_brought_up, self._path, self._settings, stopped))
         if not (await asyncio.wait({opening}, timeout=_QUICK_START_S))[0]:
             self._begin_heartbeats()
         db = await opening
@@ -149,18 +165,6 @@ class Runtime:
         )
         self._writer.start()
         self._closers.append(self._writer.close)
-
-    def _brought_up(self, stopped: Callable[[], bool]) -> sqlite3.Connection:
-        """The writing connection of a store of this schema and these settings; in a thread, as either may take long."""
-        db = open_store(self._path, self._settings.storage.synchronous)
-        try:
-            rebase.bring_up(db, self._settings.lifecycle, time.time(), stopped=stopped)
-        except BaseException as error:
-            db.close()
-            if isinstance(error, sqlite3.Error):
-                raise StorageFailed(f"{self._path} cannot be written: {error}") from error
-            raise
-        return db
 
     def _build_search(self) -> None:
         settings = self._settings

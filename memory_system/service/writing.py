@@ -50,6 +50,7 @@ class WritingService:
             session_type=p.session_type,
             metadata=metadata or {},
             created_by=p.created_by or call.caller,
+            idle_timeout_s=p.idle_timeout_s,
         )
         return self._with_session(call, self._write(call, run))
 
@@ -57,6 +58,10 @@ class WritingService:
         session_id = session_of(call, p.session_id)
         run = partial(sessions.end, session_id=session_id, summary=p.summary)
         return self._with_session(call, self._write(call, run))
+
+    def resume_session(self, call: Call, p: m.ResumeSession) -> Result:
+        session_id = session_of(call, p.session_id)
+        return self._with_session(call, self._write(call, partial(sessions.resume, session_id=session_id)))
 
     async def _with_session(self, call: Call, written: Awaitable[Reply]) -> Reply:
         """A replayed reply was stored without the session's content: read it anew."""

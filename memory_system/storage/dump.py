@@ -18,7 +18,7 @@ import msgspec
 from msgspec import Struct
 
 from memory_system.models import Memory
-from memory_system.storage import rows
+from memory_system.storage import rows, sessions
 from memory_system.storage.database import connect_reader
 
 Line = dict[str, Any]
@@ -144,7 +144,8 @@ class Dump:
     def memory(self, row: Row) -> Line:
         width = len(rows.FIELDS)
         memory = rows.memory_from_row(row[:width])
-        has_parent, session_type, ended_at, summary, undone_at, *vector = row[width:]
+        has_parent, undone_at, *more = row[width:]
+        session, vector = more[: len(sessions.STORED)], more[len(sessions.STORED) :]
         line = _memory_fields(memory)
         if not has_parent:
             line["parent_id"] = None
@@ -152,8 +153,8 @@ class Dump:
             line["parent_follows"] = True
         if undone_at is not None:
             line["undone_at"] = undone_at
-        if session_type is not None:
-            line["session"] = {"session_type": session_type, "ended_at": ended_at, "summary": summary}
+        if session[0] is not None:
+            line["session"] = dict(zip(sessions.STORED, session, strict=True))
         if vector and vector[0] is not None:
             line["vector"] = {"model_id": vector[0], "data": base64.b64encode(vector[1]).decode()}
         return line
@@ -262,7 +263,7 @@ def _memories(vectors: bool) -> str:
     return (
         f"SELECT m.memory_id, {rows.columns('m')}, EXISTS (SELECT 1 FROM memories p WHERE p.namespace = m.namespace "
         f"AND p.memory_id = m.parent_id AND {_ALIVE.format('p')}), "
-        f"s.session_type, s.ended_at, s.summary, u.undone_at{vector} "
+        f"u.undone_at, {', '.join(f's.{name}' for name in sessions.STORED)}{vector} "
         "FROM memories m LEFT JOIN sessions s ON s.row_id = m.row_id "
         f"LEFT JOIN consolidations_undone u ON u.row_id = m.row_id {join}"
         f"WHERE m.namespace = :ns AND m.memory_id > :a AND {_M} ORDER BY m.memory_id LIMIT :limit"

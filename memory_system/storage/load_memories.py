@@ -7,11 +7,11 @@ from typing import Final
 import msgspec
 
 from memory_system.errors import InvalidField
-from memory_system.export_models import ParentLine
+from memory_system.export_models import ParentLine, SessionPart
 from memory_system.lifecycle import SESSION_TYPE
 from memory_system.line_reader import HistoryItem, MemoryItem
 from memory_system.models import Memory
-from memory_system.storage import memories, rows
+from memory_system.storage import memories, rows, sessions
 from memory_system.storage.context import Removed
 from memory_system.storage.loading import Loading
 
@@ -57,8 +57,8 @@ def _insert(loading: Loading, item: MemoryItem) -> None:
     row_id = loading.db.execute(rows.INSERT, rows.row_from_memory(memory)).fetchone()[0]
     if item.session is not None:
         loading.db.execute(
-            "INSERT INTO sessions (row_id, session_type, ended_at, summary) VALUES (?, ?, ?, ?)",
-            (row_id, item.session.session_type, item.session.ended_at, item.session.summary),
+            f"INSERT INTO sessions ({', '.join(sessions.STORED)}, row_id) VALUES (?, ?, ?, ?, ?, ?)",
+            (*_session_values(item.session), row_id),
         )
     else:
         context.log_change(row_id, "put")
@@ -77,6 +77,10 @@ def _has_aged(loading: Loading, stored: Memory, item: MemoryItem) -> bool:
         "SELECT undone_at FROM consolidations_undone WHERE row_id = ?", (stored.row_id,)
     ).fetchone()
     return (None if row is None else row[0]) != item.undone_at
+
+
+def _session_values(session: SessionPart) -> tuple[object, ...]:
+    return tuple(getattr(session, name) for name in sessions.STORED)
 
 
 def _mark_undone(loading: Loading, row_id: int, item: MemoryItem) -> None:
@@ -100,9 +104,9 @@ def _differences(loading: Loading, stored: Memory, item: MemoryItem) -> list[str
         fields.remove("parent_id")
     if item.session is not None and stored.memory_type == SESSION_TYPE:
         row = loading.db.execute(
-            "SELECT session_type, ended_at, summary FROM sessions WHERE row_id = ?", (stored.row_id,)
+            f"SELECT {', '.join(sessions.STORED)} FROM sessions WHERE row_id = ?", (stored.row_id,)
         ).fetchone()
-        if row != (item.session.session_type, item.session.ended_at, item.session.summary):
+        if row != _session_values(item.session):
             fields.append("session")
     return fields
 
@@ -129,8 +133,8 @@ def _replace(loading: Loading, stored: Memory, item: MemoryItem) -> None:
     memories.keep_history(loading.context, stored, loading.context.changes.caller[1])
     if item.session is not None:
         loading.db.execute(
-            "UPDATE sessions SET session_type = ?, ended_at = ?, summary = ? WHERE row_id = ?",
-            (item.session.session_type, item.session.ended_at, item.session.summary, stored.row_id),
+            f"UPDATE sessions SET {', '.join(f'{name} = ?' for name in sessions.STORED)} WHERE row_id = ?",
+            (*_session_values(item.session), stored.row_id),
         )
     _mark_undone(loading, stored.row_id, item)
     _write(loading, stored, memory)

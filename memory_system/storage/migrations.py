@@ -59,6 +59,13 @@ CREATE TABLE consolidations_undone (
     undone_at REAL NOT NULL
 ) STRICT;
 """,
+    # Sessions that end by themselves, which asks for the newest memory of each.
+    """
+ALTER TABLE sessions ADD COLUMN idle_timeout_s REAL;
+ALTER TABLE sessions ADD COLUMN resumed_at REAL;
+DROP INDEX memories_by_session;
+CREATE INDEX memories_by_session ON memories (namespace, session_id, created_at) WHERE session_id IS NOT NULL;
+""",
 )
 CURRENT_VERSION: Final = len(STEPS) + 1
 

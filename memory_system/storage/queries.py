@@ -155,7 +155,7 @@ class Queries:
         found = await self._readers.fetch(
             f"{sessions.SELECT} WHERE m.namespace = ? AND m.memory_id = ? AND {_ALIVE}", (namespace, session_id, now_s)
         )
-        return sessions.session_from_row(found[0]) if found else None
+        return sessions.session_from_row(found[0], now_s) if found else None
 
     async def sessions(
         self, namespace: str, now_s: float, user_id: str | None, state: str | None, limit: int, offset: int
@@ -164,11 +164,11 @@ class Queries:
         found = await self._readers.fetch(
             f"{sessions.SELECT} WHERE m.namespace = ?1 AND m.memory_type = '{SESSION_TYPE}' "
             "AND (m.expires_at IS NULL OR m.expires_at > ?2) "
-            "AND (?3 IS NULL OR m.user_id = ?3) AND (?4 IS NULL OR (s.ended_at IS NULL) = (?4 = 'open')) "
+            f"AND (?3 IS NULL OR m.user_id = ?3) AND (?4 IS NULL OR {sessions.is_open_sql('?2')} = (?4 = 'open')) "
             "ORDER BY m.created_at DESC, m.row_id DESC LIMIT ?5 OFFSET ?6",
             (namespace, now_s, user_id, state, limit + 1, offset),
         )
-        return [sessions.session_from_row(row) for row in found]
+        return [sessions.session_from_row(row, now_s) for row in found]
 
     async def history(self, memory: Memory, below_version: int, limit: int) -> list[dict[str, Any]]:
         """Up to limit + 1 replaced versions below `below_version`, newest first."""

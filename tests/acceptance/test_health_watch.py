@@ -6,7 +6,6 @@ work on the machine can hold up a restart, so each has three tries; what is told
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Iterator
@@ -25,6 +24,9 @@ pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
 
 DEATH_TOLD_S = 3.0
 DEATH_HEALED_S = 5.0
+# Six programs start at once, on the same processors: 2.8 s on two that have nothing else to do, 6 to 9 s beside
+# two programs that take all they can get.
+ALL_HEALED_S = 10.0
 HANG_TOLD_S = 15.0
 HANG_HEALED_S = 30.0
 TRIES = 3
@@ -71,11 +73,9 @@ def in_time(figures: tuple[float, float]) -> tuple[bool, bool]:
 def test_programs_that_are_killed_together_come_back(mesh: Mesh) -> None:
     """The manager saw nobody die, and nobody saw it die."""
     tries = []
-    # They start beside each other, so it takes longer the more of them share a core.
-    limit_s = DEATH_HEALED_S * max(1.0, len(PROGRAMS) / (os.cpu_count() or 1))
-    while not tries or (len(tries) < TRIES and tries[-1] >= limit_s):
+    while not tries or (len(tries) < TRIES and tries[-1] >= ALL_HEALED_S):
         tries.append(kill_together(mesh))
-    assert tries[-1] < limit_s, tries
+    assert tries[-1] < ALL_HEALED_S, tries
 
 
 def kill_together(mesh: Mesh) -> float:

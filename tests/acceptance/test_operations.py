@@ -20,8 +20,10 @@ PROJECT = Path(__file__).resolve().parent.parent.parent
 PC2 = [sys.executable, str(PROJECT / "scripts" / "pc2.py")]
 TARGETS = ["start-pc2", "stop-pc2", "status", "logs", "demo", "test", "lint", "type", "fuzz", "bench", "clean"]
 TARGETS += ["install-boot", "uninstall-boot", "tail-errors"]
-TARGETS += ["jobs", "run-job", "backup", "restore", "export", "import"]
+TARGETS += ["jobs", "run-job", "backup", "restore", "export", "import", "import-facts", "import-sessions"]
 HEALTH_PORTS = ("port", "publish_port", "mesh_port", "report_port")
+AGENTS = ("knowledge_base", "session_memory", "context_manager")
+PROGRAMS = ["orchestrator", "health_manager", "memory_scheduler", *(f"{name}_agent" for name in AGENTS)]
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
 
@@ -52,8 +54,9 @@ class Host:
     def __init__(self, folder: Path, run_dir: Path) -> None:
         self.folder = folder
         self.run_dir = run_dir
-        self.port, self.scheduler_port, *health = free_ports(2 + len(HEALTH_PORTS))
-        self.health_ports = dict(zip(HEALTH_PORTS, health, strict=True))
+        self.port, self.scheduler_port, *others = free_ports(2 + len(HEALTH_PORTS) + len(AGENTS))
+        self.health_ports = dict(zip(HEALTH_PORTS, others, strict=False))
+        self.agent_ports = dict(zip(AGENTS, others[len(HEALTH_PORTS) :], strict=True))
 
     def environ(self, **overrides: str) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("MEMORY_")}
@@ -63,6 +66,7 @@ class Host:
             "MEMORY__NETWORK__PORT": str(self.port),
             "MEMORY__SCHEDULER__PORT": str(self.scheduler_port),
             **{f"MEMORY__HEALTH__{name.upper()}": str(port) for name, port in self.health_ports.items()},
+            **{f"MEMORY__AGENTS__{name.upper()}__PORT": str(port) for name, port in self.agent_ports.items()},
             "MEMORY__STORAGE__PATH": str(self.folder / "memory.db"),
             "MEMORY__BACKUP__DIR": str(self.folder / "backups"),
             "MEMORY__ERROR_BUS__HISTORY_PATH": str(self.folder / "health.db"),
@@ -88,7 +92,8 @@ class Host:
     def is_well(self) -> bool:
         """Whether the health manager itself says that all programs are healthy."""
         done = self.pc2("status")
-        return done.stderr == "" and [row["STATE"] for row in table(done.stdout)[:3]] == ["healthy"] * 3
+        states = {row["PROGRAM"]: row["STATE"] for row in table(done.stdout)}
+        return done.stderr == "" and all(states.get(program) == "healthy" for program in PROGRAMS)
 
 
 def table(text: str) -> list[dict[str, str]]:
@@ -111,7 +116,7 @@ def host(tmp_path: Path) -> Iterator[Host]:
 
 def assert_nothing_runs(host: Host, **overrides: str) -> None:
     assert host.pc2("status", **overrides).returncode == 3
-    for port in (host.port, host.scheduler_port, *host.health_ports.values()):
+    for port in (host.port, host.scheduler_port, *host.health_ports.values(), *host.agent_ports.values()):
         with socket.socket() as sock:
             assert sock.connect_ex(("127.0.0.1", port)) != 0
 
@@ -194,7 +199,7 @@ def test_status_without_the_health_manager_says_so_and_looks_itself(host: Host) 
         os.kill(pid, signal.SIGCONT)
     assert done.returncode == 1
     assert done.stderr.splitlines() == ["the health manager does not answer: each program was asked by itself"]
-    orchestrator, manager, _ = table(done.stdout)
+    orchestrator, manager, *_ = table(done.stdout)
     assert (orchestrator["STATE"], orchestrator["SINCE"]) == ("healthy", "-")
     assert orchestrator["REASON"] == "it answers"
     assert (manager["STATE"], manager["PID"]) == ("no answer", str(pid))
@@ -257,11 +262,7 @@ def foreground(host: Host) -> Iterator[subprocess.Popen[str]]:
 def test_run_is_supervisord_in_the_foreground(host: Host, foreground: subprocess.Popen[str]) -> None:
     waited = host.pc2("wait", MAINPID=str(foreground.pid))
     assert waited.returncode == 0, waited.stderr
-    assert [row["PROGRAM"] for row in table(waited.stdout)[:3]] == [
-        "orchestrator",
-        "health_manager",
-        "memory_scheduler",
-    ]
+    assert [row["PROGRAM"] for row in table(waited.stdout)][: len(PROGRAMS)] == PROGRAMS
     assert (host.run_dir / "supervisord.pid").read_text().strip() == str(foreground.pid)
     assert_one_line(host.pc2("run"), f"already running under supervisord, pid {foreground.pid}")
     assert host.pc2("start").returncode == 0

@@ -65,7 +65,7 @@ def test_busy_to_the_end_is_the_answer_and_never_opens_the_breaker(
     make: Callable[..., Any], server: FakeOrchestrator
 ) -> None:
     server.default = busy(30.0)
-    client = make(timeout_ms=200, failure_threshold=1)
+    client = make(timeout_ms=1000, failure_threshold=1)
     for _ in range(2):
         reply = client.add_memory("x")
         assert (reply["error_code"], reply["outcome"]) == ("busy", "failed")

@@ -21,7 +21,7 @@ FILTERS = {"tags": {"any": ["a"]}}
 
 # method: (its required arguments, all its others)
 METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "create_session": ({"user_id": "u"}, {"session_type": "t", "session_metadata": {"a": 1}}),
+    "create_session": ({"user_id": "u"}, {"session_type": "t", "session_metadata": {"a": 1}, "idle_timeout_s": 60.0}),
     "add_memory": (
         {"content": "x"},
         {
@@ -63,6 +63,7 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "add_to_group": ({"memory_id": "m", "group_id": 1}, {}),
     "get_memories_by_group": ({"group_id": 1}, {"limit": 7, "include_archived": True, "cursor": "c"}),
     "end_session": ({}, {"session_id": "s", "summary": "done"}),
+    "resume_session": ({}, {"session_id": "s"}),
     "get_session": ({}, {"session_id": "s"}),
     "list_sessions": ({}, {"user_id": "u", "session_state": "open", "limit": 7, "cursor": "c"}),
     "search_similar": ({"memory_id": "m"}, {"k": 3, "filters": FILTERS, **SEARCH}),

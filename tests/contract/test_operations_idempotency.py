@@ -22,6 +22,7 @@ async def every_write(service: Service) -> list[tuple[str, dict[str, Any]]]:
     return [
         ("create_session", {"user_id": "ada", "session_metadata": {"a": 1}}),
         ("end_session", {"session_id": session, "summary": "s"}),
+        ("resume_session", {"session_id": session}),
         ("add_memory", {"content": "x"}),
         ("batch_add_memories", {"memories": [{"content": "x"}, {"content": "y"}]}),
         ("update_memory", {"memory_id": a, "update_payload": {"content": "changed"}, "expected_version": 1}),

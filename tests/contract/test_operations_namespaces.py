@@ -48,6 +48,7 @@ def refused(t: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
         (nothing, "batch_add_memories", {"memories": [{"content": "x", "parent_id": parent}]}),
         (no_session, "get_session", {"session_id": session}),
         (no_session, "end_session", {"session_id": session}),
+        (no_session, "resume_session", {"session_id": session}),
         (no_group, "get_memories_by_group", {"group_id": group}),
         (no_group, "add_to_group", {"memory_id": child, "group_id": group}),
         (no_group, "remove_from_group", {"memory_id": child, "group_id": group}),

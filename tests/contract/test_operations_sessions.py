@@ -6,11 +6,11 @@ import time
 
 import pytest
 
-from tests.support.service import Service, service_test
+from tests.support.service import Service, request_id, service_test
 
 SESSION_FIELDS = {
-    "session_id", "user_id", "session_type", "session_state", "metadata", "created_at", "ended_at", "summary",
-    "created_by",
+    "session_id", "user_id", "session_type", "session_state", "metadata", "created_at", "last_active_at",
+    "idle_timeout_s", "ended_at", "summary", "created_by",
 }  # fmt: skip
 
 
@@ -22,9 +22,11 @@ async def test_life_of_a_session(service: Service) -> None:
     session_id = created["session_id"]
     session = created["session"]
     assert set(session) == SESSION_FIELDS
-    assert session | {"created_at": 0.0} == {
+    assert session["last_active_at"] == session["created_at"]
+    assert session | {"created_at": 0.0, "last_active_at": 0.0} == {
         "session_id": session_id, "user_id": "ada", "session_type": "call", "session_state": "open",
-        "metadata": {"topic": "x"}, "created_at": 0.0, "ended_at": None, "summary": None, "created_by": "host",
+        "metadata": {"topic": "x"}, "created_at": 0.0, "last_active_at": 0.0, "idle_timeout_s": None, "ended_at": None,
+        "summary": None, "created_by": "host",
     }  # fmt: skip
     got = await service.ok("get_session", session_id=session_id)
     assert (got["session_id"], got["session"]) == (session_id, session)
@@ -147,4 +149,97 @@ async def test_metadata_of_a_session_is_checked(service: Service) -> None:
         assert reply["details"]["field"] == field
     reply = await service.fails("invalid_field", "create_session")
     assert reply["details"]["field"] == "user_id"
+    assert service.count("sessions") == 0
+
+
+@service_test()
+async def test_a_session_ends_by_itself_when_nothing_is_added_for_so_long(service: Service) -> None:
+    idle = await service.session(idle_timeout_s=60)
+    other = await service.session()
+    made = (await service.ok("get_session", session_id=idle))["session"]
+    assert (made["session_state"], made["idle_timeout_s"], made["ended_at"]) == ("open", 60.0, None)
+    service.clock.ahead_s = 50.0
+    await service.add("still there", {"session_id": idle})
+    active_s = (await service.ok("get_session", session_id=idle))["session"]["last_active_at"]
+    assert active_s == pytest.approx(made["created_at"] + 50.0, abs=10)
+    service.clock.ahead_s = 109.0
+    assert await state(service, idle) == "open"
+    service.clock.ahead_s = 120.0
+    ended = (await service.ok("get_session", session_id=idle))["session"]
+    assert (ended["session_state"], ended["ended_at"]) == ("ended", active_s + 60.0)
+    for session_state, expected in (("ended", [idle]), ("open", [other])):
+        found = await service.ok("list_sessions", session_state=session_state)
+        assert [each["session_id"] for each in found["results"]] == expected
+    assert service.rows("SELECT ended_at FROM sessions") == [(None,), (None,)], "nothing had to run for that"
+
+
+async def state(service: Service, session_id: str) -> str:
+    found: str = (await service.ok("get_session", session_id=session_id))["session"]["session_state"]
+    return found
+
+
+@service_test()
+async def test_memories_anywhere_below_a_session_keep_it_open(service: Service) -> None:
+    session = await service.session(idle_timeout_s=60)
+    child = await service.add("child", parent_id=session)
+    service.clock.ahead_s = 50.0
+    await service.add("grandchild", parent_id=child)
+    service.clock.ahead_s = 100.0
+    assert await state(service, session) == "open"
+    await service.add("of the session, but hanging nowhere", {"session_id": session}, parent_id=None)
+    service.clock.ahead_s = 150.0
+    assert await state(service, session) == "open"
+    service.clock.ahead_s = 170.0
+    assert await state(service, session) == "ended"
+
+
+@service_test()
+async def test_a_resumed_session_is_open_and_its_idle_time_begins_anew(service: Service) -> None:
+    session = await service.session(idle_timeout_s=60)
+    service.clock.ahead_s = 100.0
+    resumed = await service.ok("resume_session", session_id=session)
+    assert (resumed["resumed"], resumed["session"]["session_state"]) == (True, "open")
+    assert resumed["session"]["last_active_at"] == pytest.approx(time.time() + 100.0, abs=10)
+    service.clock.ahead_s = 150.0
+    assert not (await service.ok("resume_session", {"session_id": session}))["resumed"]
+    service.clock.ahead_s = 200.0
+    assert await state(service, session) == "open"
+    service.clock.ahead_s = 220.0
+    assert await state(service, session) == "ended"
+
+    await service.ok("end_session", session_id=session, summary="done")
+    again = await service.ok("resume_session", session_id=session)
+    assert (again["resumed"], again["session"]["ended_at"], again["session"]["summary"]) == (True, None, "done")
+    await service.fails("session_not_found", "resume_session", session_id="mem-none")
+
+
+@service_test()
+async def test_ending_a_session_that_ended_by_itself_keeps_its_time(service: Service) -> None:
+    ended, left = await service.session(idle_timeout_s=60), await service.session(idle_timeout_s=60)
+    service.clock.ahead_s = 100.0
+    end_s = (await service.ok("get_session", session_id=ended))["session"]["ended_at"]
+    reply = await service.ok("end_session", session_id=ended, summary="over")
+    assert (reply["ended"], reply["session"]["ended_at"], reply["session"]["summary"]) == (False, end_s, "over")
+    for session, expected in ((ended, "ended"), (left, "open")):
+        await service.add("one thing more", {"session_id": session})
+        assert await state(service, session) == expected
+
+
+@service_test()
+async def test_a_resumption_is_done_once(service: Service) -> None:
+    session = await service.session()
+    await service.ok("end_session", session_id=session)
+    key = {"request_id": request_id()}
+    first = await service.ok("resume_session", key, session_id=session)
+    await service.ok("end_session", session_id=session)
+    second = await service.ok("resume_session", key, session_id=session)
+    assert (first["resumed"], second["resumed"], second["replayed"]) == (True, True, True)
+    assert (await state(service, session), second["session"]["session_state"]) == ("ended", "ended")
+
+
+@service_test()
+async def test_idle_times_that_are_none(service: Service) -> None:
+    for value in (0, -1, "60", 1e11, True):
+        reply = await service.fails("invalid_field", "create_session", user_id="ada", idle_timeout_s=value)
+        assert reply["details"]["field"] == "idle_timeout_s"
     assert service.count("sessions") == 0

@@ -19,7 +19,8 @@ async def fill(service: Service) -> dict[str, str]:
     """Something of every kind; the ids of some of it by name."""
     ids = {"session": await service.session(session_metadata={"topic": "trains"})}
     carried = {"session_id": ids["session"], "agent_id": "planner"}
-    ids["ended"] = await service.session(user_id="bob")
+    await service.ok("resume_session", session_id=ids["session"])
+    ids["ended"] = await service.session(user_id="bob", idle_timeout_s=3600)
     await service.ok("end_session", session_id=ids["ended"], summary="said little")
     metadata = {"a": 1.0, "b": [1, {"c": None}], "ü": "ж\u2028", "big": 2**62, "small": 5e-324}
     ids["first"] = await service.add(

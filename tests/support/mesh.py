@@ -1,4 +1,5 @@
-"""The programs of host PC2 as an operator runs them: the real supervisord, orchestrator, scheduler and health manager.
+"""The programs of host PC2 as an operator runs them: the real supervisord, orchestrator, scheduler, health
+manager and agents.
 
 with running_mesh(tmp_path) as mesh, mesh.subscriber() as bus:
     killed_s = mesh.kill9("orchestrator")
@@ -35,12 +36,18 @@ PROGRAMS = {
     "health_manager": "system_health_manager.py",
     "orchestrator": "orchestrator.py",
     "memory_scheduler": "memory_scheduler.py",
+    "knowledge_base_agent": "agents/knowledge_base_agent.py",
+    "session_memory_agent": "agents/session_memory_agent.py",
+    "context_manager_agent": "agents/context_manager_agent.py",
 }
 JOBS = [name for name, _ in JobsSettings().items()]
 PORTS = {
     "network__port": "orchestrator",
     "health__port": "health_manager",
     "scheduler__port": "memory_scheduler",
+    "agents__knowledge_base__port": "knowledge_base_agent",
+    "agents__session_memory__port": "session_memory_agent",
+    "agents__context_manager__port": "context_manager_agent",
     "health__publish_port": "publish",
     "health__mesh_port": "mesh",
     "health__report_port": "report",

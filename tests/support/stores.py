@@ -59,7 +59,7 @@ _COLUMNS = (
 )
 _EVERYTHING = {
     "memories": f"SELECT {_COLUMNS} FROM memories m",
-    "sessions": "SELECT m.memory_id, s.session_type, s.ended_at, s.summary "
+    "sessions": "SELECT m.memory_id, s.session_type, s.ended_at, s.summary, s.idle_timeout_s, s.resumed_at "
     "FROM sessions s JOIN memories m USING (row_id)",
     "history": "SELECT m.memory_id, h.version, h.record, h.replaced_at, h.replaced_by "
     "FROM memory_history h JOIN memories m USING (row_id)",

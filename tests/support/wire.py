@@ -32,16 +32,28 @@ def encode(request: Any, encoding: str) -> bytes:
 
 
 def decode(body: bytes, encoding: str) -> Reply:
-    """The reply; fails when it is not in this encoding, or not of the one shape that replies have."""
-    reply = json.loads(body) if encoding == "json" else msgpack.unpackb(body, strict_map_key=True)
+    """The reply; fails when it is not in this encoding, or not of the one shape that the service's replies have."""
+    reply = decode_reply(body, encoding)
     check_shape(reply)
     return reply
 
 
+def decode_reply(body: bytes, encoding: str) -> Reply:
+    """The reply of any program; fails when it is not in this encoding, or not of the one shape that replies have."""
+    reply = json.loads(body) if encoding == "json" else msgpack.unpackb(body, strict_map_key=True)
+    check_reply(reply)
+    return reply
+
+
 def check_shape(reply: Any) -> None:
+    """Fails unless this is a reply of the memory service."""
+    check_reply(reply)
+    assert reply["status"] == "error" or isinstance(reply["commit_seq"], int)
+
+
+def check_reply(reply: Any) -> None:
     assert isinstance(reply, dict), reply
     if reply["status"] == "success":
-        assert isinstance(reply["commit_seq"], int)
         assert not reply.keys() & (ERROR_FIELDS - {"status"})
         if "results" in reply:
             assert reply["count"] == len(reply["results"])

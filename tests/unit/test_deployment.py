@@ -42,7 +42,21 @@ def test_every_program_listens_on_the_address_of_the_service(tmp_path: Path) -> 
     assert (found["b"].bind_key, found["b"].port_key) == ("network.bind", "health.port")
 
 
-@pytest.mark.parametrize("address", ["", "address=", "address=nowhere", "address=storage", "address=all_keys"])
+def test_sections_within_sections_and_plain_ports(tmp_path: Path) -> None:
+    text = "[program:a]\naddress=agents.knowledge_base\n[program:b]\naddress=5600\n"
+    settings = replace(Settings(), network=NetworkSettings(bind="10.0.0.5"))
+    found = program_addresses(settings, written(tmp_path, text))
+    assert found == {"a": Address("agents.knowledge_base", "10.0.0.5", 5715), "b": Address("", "10.0.0.5", 5600)}
+    assert (found["a"].port_key, found["b"].port_key) == ("agents.knowledge_base.port", "address in supervisord.conf")
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("", "address=", "address=nowhere", "address=storage", "address=all_keys", "address=agents."),
+        *("address=agents", "address=0", "address=65536", "address=-1", "address=5600.port"),
+    ],
+)
 def test_a_program_without_a_usable_address_is_refused(tmp_path: Path, address: str) -> None:
     with pytest.raises(ConfigError, match=r"\[program:a\].*expected a section"):
         program_addresses(Settings(), written(tmp_path, f"[program:a]\n{address}\n"))

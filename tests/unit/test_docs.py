@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -12,6 +13,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from agents.base_agent import BaseAgent, Request
+from agents.context_manager_agent import ContextManagerAgent
+from agents.knowledge_base_agent import KnowledgeBaseAgent
+from agents.session_memory_agent import SessionMemoryAgent
 from memory_system import protocol
 from memory_system.models import PARAMS, Envelope, UpdatePayload
 from tests.support.service import running_orchestrator
@@ -71,6 +76,57 @@ def test_every_action_shows_a_request_and_a_reply(action: str) -> None:
     assert request["action"] == action
     assert set(request["data"]) <= set(PARAMS[action].__struct_fields__)
     assert example[1][size:].lstrip().startswith("{")
+    assert '"status": "success"' in example[1][size:]
+
+
+AGENTS_PAGE = sections((DOCS / "agents.md").read_text(encoding="utf-8"), 2)
+AGENTS: dict[str, type[BaseAgent]] = {
+    "Knowledge base": KnowledgeBaseAgent,
+    "Session memory": SessionMemoryAgent,
+    "Context manager": ContextManagerAgent,
+}
+AGENT_ACTIONS = [
+    (title, action)
+    for title, agent in AGENTS.items()
+    for action, _ in inspect.getmembers(agent, lambda member: hasattr(member, "_is_action"))
+]
+
+
+def sections_of_agent(title: str) -> dict[str, str]:
+    found = sections(f"## {title}\n{AGENTS_PAGE[title]}", 3)
+    return {heading: text for heading, text in found.items() if re.fullmatch(r"[a-z_]+", heading)}
+
+
+@pytest.mark.parametrize("title", AGENTS)
+def test_the_actions_documented_of_an_agent_are_those_it_has(title: str) -> None:
+    assert set(sections_of_agent(title)) == {action for agent, action in AGENT_ACTIONS if agent == title}
+
+
+@pytest.mark.parametrize(("title", "action"), AGENT_ACTIONS)
+def test_every_field_of_an_agents_action_is_documented_with_its_default(title: str, action: str) -> None:
+    documented = rows(without_code(sections_of_agent(title)[action]))
+    hints = inspect.get_annotations(getattr(AGENTS[title], action), eval_str=True)
+    parameters = inspect.signature(getattr(AGENTS[title], action)).parameters
+    fields = {name: each for name, each in parameters.items() if name != "self" and hints[name] is not Request}
+    assert set(documented) == set(fields)
+    for name, (_, default, meaning) in documented.items():
+        assert meaning
+        value = fields[name].default
+        if value is inspect.Parameter.empty:
+            assert default == "required", name
+        elif isinstance(value, bool | int | float | str):
+            assert default == f"`{json.dumps(value)}`", name
+        else:
+            assert default == "-", name
+
+
+@pytest.mark.parametrize(("title", "action"), AGENT_ACTIONS)
+def test_every_action_of_an_agent_shows_a_request_and_a_reply(title: str, action: str) -> None:
+    example = re.search(r"^```json\n(.*?)^```", sections_of_agent(title)[action], flags=re.MULTILINE | re.DOTALL)
+    assert example is not None
+    request, size = json.JSONDecoder().raw_decode(example[1])
+    assert request["action"] == action
+    assert set(request.get("data", {})) <= set(inspect.signature(getattr(AGENTS[title], action)).parameters)
     assert '"status": "success"' in example[1][size:]
 
 

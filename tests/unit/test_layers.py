@@ -12,11 +12,13 @@ import pytest
 
 PROJECT = Path(__file__).resolve().parents[2]
 PACKAGE = "memory_system"
+AGENTS = "agents"
 
-# Low to high. A name stands for a module or a package directly below memory_system, or for a program.
+# Low to high. A name stands for a module or a package directly below memory_system, for a program, or for all agents.
 LAYERS = (
     ("errors", "config_loader", "cron"),
     (
+        "agent_settings",
         "backup_settings",
         "consolidation_settings",
         "health_settings",
@@ -24,8 +26,9 @@ LAYERS = (
         "maintenance_settings",
         "scheduler_settings",
         "settings",
+        "utterance_settings",
     ),
-    ("deployment", "log", "digest", "events", ""),
+    ("carriers", "deployment", "log", "digest", "events", ""),
     ("process_figures", "traffic", "protocol"),
     ("outbox", "bus_sender", "error_bus", "heartbeat", "bus_log", "bus_link", "bus_progress", "bus_reader"),
     (
@@ -35,11 +38,13 @@ LAYERS = (
         "client_core",
         "client_link",
         "client_pipe",
+        "client_fixed",
         "client_api",
         "memory_client",
     ),
     ("security", "router", "request_server", "envelope", "fields", "actions"),
     ("program", "reporting", "metrics", "metrics_server"),
+    ("agents",),
     ("scheduling", "memory_scheduler"),
     ("params", "admin_models", "export_models", "models", "filters", "decoding", "line_reader", "calls", "cursors"),
     ("lifecycle", "consolidation", "storage", "cache", "embedding", "access", "clock_guard"),
@@ -85,7 +90,7 @@ FOR_AGENTS = ("actions", "program", "reporting", "error_bus", "heartbeat", "bus_
 def modules() -> dict[str, Path]:
     """Dotted name -> file, of all modules of the package and the programs."""
     found = {path.stem: path for path in sorted(PROJECT.glob("*.py"))}
-    for path in sorted((PROJECT / PACKAGE).rglob("*.py")):
+    for path in sorted([*(PROJECT / PACKAGE).rglob("*.py"), *(PROJECT / AGENTS).rglob("*.py")]):
         parts = path.relative_to(PROJECT).with_suffix("").parts
         found[".".join(part for part in parts if part != "__init__")] = path
     return found
@@ -167,7 +172,8 @@ def test_the_client_needs_nothing_of_the_service() -> None:
 
 
 def test_agents_need_nothing_of_the_service() -> None:
-    loaded = loaded_by("\n".join(f"import {PACKAGE}.{name}" for name in FOR_AGENTS), SERVER_ONLY).split()
+    names = ["agents.base_agent", *(f"{PACKAGE}.{name}" for name in FOR_AGENTS)]
+    loaded = loaded_by("\n".join(f"import {name}" for name in names), SERVER_ONLY).split()
     assert [name for name in loaded if not name.startswith(PACKAGE)] == []
     assert {part_of(name) for name in loaded if RANK[part_of(name)] >= RANK["models"]} == set()
 

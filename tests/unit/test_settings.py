@@ -36,7 +36,8 @@ def refusal(path: str | None = None, environ: dict[str, str] | None = None) -> s
 
 def shown(key: Key) -> str:
     value = list(key.value) if isinstance(key.value, tuple) else key.value
-    return '""' if value == "" else yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
+    written = yaml.safe_dump(value, default_flow_style=True, width=1_000_000)
+    return '""' if value == "" else written.removesuffix("...\n").strip()
 
 
 def test_layers_override_one_another_key_by_key(tmp_path: Path) -> None:

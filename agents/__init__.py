@@ -1,0 +1,1 @@
+"""Agents: programs that answer requests and keep what they know in the memory service."""
