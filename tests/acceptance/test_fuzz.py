@@ -45,6 +45,7 @@ def valid_requests(memory_id: str, session_id: str, group_id: int) -> list[dict[
     datas: list[tuple[str, dict[str, Any]]] = [
         ("create_session", {"user_id": "ada", "session_type": "call", "session_metadata": {"a": [1, {"b": None}]}}),
         ("end_session", {"session_id": session_id, "summary": "done"}),
+        ("resume_session", {"session_id": session_id}),
         ("get_session", {"session_id": session_id}),
         ("list_sessions", {"user_id": "ada", "session_state": "open", "limit": 3}),
         ("add_memory", {"content": "a fuzzy memory", "metadata": {"k": 1.5, "l": ["x"]}, "tags": ["t"]}),

@@ -7,6 +7,7 @@ with running_orchestrator(tmp_path) as orchestrator:
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import socket
@@ -15,7 +16,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from random import SystemRandom
+from typing import Any, Final
 
 import zmq
 
@@ -24,10 +26,19 @@ from tests.support.wire import Reply, decode, encode, envelope, environment
 PROJECT = Path(__file__).resolve().parents[2]
 
 
+# Below the ports that connections are given, and a range for each worker of the test run, so that nobody takes a port
+# between its being found free and its program binding it.
+_PORTS: Final = 7_000
+_FIRST_PORT: Final = 10_000 + _PORTS * (int("0" + os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")) % 3)
+_drawn = itertools.count(SystemRandom().randrange(_PORTS))
+
+
 def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    while True:
+        port = _FIRST_PORT + next(_drawn) % _PORTS
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
 
 
 def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 15.0) -> None:
