@@ -385,7 +385,7 @@ def test_the_script_prints_a_table_and_what_a_run_would_change(keeper: KeepingOr
 )
 def test_make_runs_the_script(arguments: list[str], command: str) -> None:
     made = subprocess.run(
-        ["make", "-n", "-o", ".venv/.service-installed", *arguments],
+        ["make", "--no-print-directory", "-n", "-o", ".venv/.service-installed", *arguments],
         cwd=PROJECT,
         capture_output=True,
         text=True,
