@@ -39,6 +39,8 @@ MAX_LAST: Final = 1000
 _RETRY_S: Final = 0.5
 _CONNECT_S: Final = 2.0
 _READ_BATCH: Final = 100
+# A signal between the interpreter's last look and the wait is seen only after it: Ctrl-C must not wait for a message.
+_LONGEST_WAIT_S: Final = 1.0
 
 
 class BusReader:
@@ -157,7 +159,7 @@ class BusReader:
             poller.register(self._live.socket, zmq.POLLIN)
         elif self._api.waits:
             poller.register(self._api.socket, zmq.POLLIN)
-        poller.poll(None if wait_s == math.inf else max(0, math.ceil(wait_s * 1000)))
+        poller.poll(max(0, math.ceil(min(wait_s, _LONGEST_WAIT_S) * 1000)))
 
     def _fall_behind(self) -> None:
         if not self._behind:

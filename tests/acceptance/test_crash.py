@@ -21,7 +21,8 @@ from tests.support.service import Orchestrator, running_orchestrator, wait_until
 pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(240)]
 
 CLIENTS = 8
-READY_S = 5.0
+# It is ready within 5 s, mostly within one, where the processors have nothing else to do; a test waits longer.
+READY_S = 20.0
 # What each life of the service lasts under load, before it is killed.
 LIFE_S = (0.1, 0.8)
 SETTLE_S = 0.15

@@ -110,7 +110,7 @@ def ended(service: Ageing, request: str, state: str = "done") -> dict[str, Any]:
 def test_a_run_does_exactly_what_the_dry_run_said(service: Ageing, namespaces: int) -> None:
     for number in range(namespaces):
         populate(service, f"n{number}")
-    service.vectors_ready()
+        service.vectors_ready({"namespace": f"n{number}"})
     service.clock.advance(8 * DAY_S)
     expected = {"run_decay": 12, "run_consolidation": 6, "run_cleanup": 4}
     for action in JOBS:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import shutil
 import subprocess
@@ -126,7 +128,10 @@ def test_a_program_without_metrics_does_not_load_them() -> None:
 
 def listening_ports(pid: int) -> set[int]:
     """The TCP ports that a process listens on, as the kernel knows them."""
-    links = [entry.readlink().name for entry in Path(f"/proc/{pid}/fd").iterdir() if entry.is_symlink()]
+    links = []
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed since it was listed
+            links.append(os.readlink(entry))
     inodes = {match[1] for link in links if (match := re.match(r"socket:\[(\d+)\]", link))}
     ports = set()
     for table in (Path(f"/proc/{pid}/net/tcp"), Path(f"/proc/{pid}/net/tcp6")):
