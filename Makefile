@@ -1,6 +1,6 @@
 # `make help` lists the targets. Variables: PYTHON (the interpreter for the virtual environment), CONFIG (a
-# configuration file), DATA (a conversation for the demo), PIP_ARGS (further options of pip install), BOOT_DIR (where
-# install-boot writes instead of systemd's folder), FROM and TO (files of restore, export and the imports).
+# configuration file), DATA (conversations for the demo and the benchmarks), PIP_ARGS (further options of pip install),
+# BOOT_DIR (where install-boot writes instead of systemd's folder), FROM and TO (files of restore, export and imports).
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -15,7 +15,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help start-pc2 stop-pc2 status logs tail-errors jobs run-job backup restore export import import-facts import-sessions demo test lint type coverage fuzz bench bench-due bench-maintenance bench-consolidation install-boot uninstall-boot clean
+.PHONY: help start-pc2 stop-pc2 status logs tail-errors jobs run-job backup restore export import import-facts import-sessions demo test lint type coverage fuzz bench bench-due bench-maintenance bench-consolidation bench-embedding bench-retrieval bench-scale install-boot uninstall-boot clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -89,6 +89,15 @@ bench-maintenance: $(SERVICE) ## Measure reads and adds while maintenance runs, 
 
 bench-consolidation: $(SERVICE) ## Measure what consolidation costs in recall (DATA=file)
 	@$(PY) bench/consolidation.py $(if $(DATA),"$(DATA)")
+
+bench-embedding: $(SERVICE) ## Measure the embedding worker beside plain sentence-transformers (DATA=file)
+	@$(PY) bench/embedding.py $(if $(DATA),"$(DATA)")
+
+bench-retrieval: $(SERVICE) ## Measure what the searches find of long conversations (DATA=file)
+	@$(PY) bench/retrieval.py $(if $(DATA),"$(DATA)")
+
+bench-scale: $(SERVICE) ## Measure searches among 1,000 to 1,000,000 synthetic memories (DATA=file; SIZES=1000,10000)
+	@$(PY) bench/scale.py $(if $(DATA),"$(DATA)") $(if $(SIZES),--sizes $(SIZES))
 
 install-boot: $(SERVICE) ## Have systemd start all programs at boot, with the CONFIG and MEMORY_* of now
 	@$(PY) scripts/boot.py install $(if $(BOOT_DIR),--dir "$(BOOT_DIR)")

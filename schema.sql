@@ -180,31 +180,4 @@ CREATE TABLE embeddings (
     vector   BLOB NOT NULL
 ) STRICT;
 
--- Full text. Sessions are not searched, so the index is told to see everything else.
-CREATE VIEW searchable_texts AS SELECT row_id, content FROM memories WHERE memory_type <> 'session';
-
-CREATE VIRTUAL TABLE memory_fts USING fts5 (
-    content,
-    content = 'searchable_texts',
-    content_rowid = 'row_id',
-    tokenize = 'porter unicode61 remove_diacritics 2'
-);
-
--- Terms with the number of texts that have them.
-CREATE VIRTUAL TABLE memory_terms USING fts5vocab ('memory_fts', 'row');
-
-CREATE TRIGGER memories_fts_insert AFTER INSERT ON memories WHEN new.memory_type <> 'session' BEGIN
-    INSERT INTO memory_fts (rowid, content) VALUES (new.row_id, new.content);
-END;
-
-CREATE TRIGGER memories_fts_delete AFTER DELETE ON memories WHEN old.memory_type <> 'session' BEGIN
-    INSERT INTO memory_fts (memory_fts, rowid, content) VALUES ('delete', old.row_id, old.content);
-END;
-
-CREATE TRIGGER memories_fts_update AFTER UPDATE OF content ON memories
-WHEN old.memory_type <> 'session' AND old.content <> new.content BEGIN
-    INSERT INTO memory_fts (memory_fts, rowid, content) VALUES ('delete', old.row_id, old.content);
-    INSERT INTO memory_fts (rowid, content) VALUES (new.row_id, new.content);
-END;
-
-PRAGMA user_version = 4;
+PRAGMA user_version = 5;

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -111,10 +111,12 @@ def start_service(
     provider: str,
     profiles: Path | None = None,
     settings: Mapping[str, str] | None = None,
+    program: Sequence[str] = ("orchestrator.py",),
 ) -> Server:
     """An orchestrator with the built-in settings but for its port, its data and where its vectors come from.
 
     `profiles`: run it under cProfile, which writes NAME.prof there when it stops. `settings`: others, as section.key.
+    `program`: another one that stands for it.
     """
     port = _free_port()
     environ = {key: value for key, value in os.environ.items() if not key.startswith("MEMORY")}
@@ -125,7 +127,7 @@ def start_service(
     for key, value in (settings or {}).items():
         environ[f"MEMORY__{key.upper().replace('.', '__')}"] = value
     profiled = [] if profiles is None else ["-m", "cProfile", "-o", str(profiles.resolve() / f"{name}.prof")]
-    server = Server(name, [*profiled, "orchestrator.py"], folder, environ)
+    server = Server(name, [*profiled, *program], folder, environ)
     server.endpoint = f"tcp://127.0.0.1:{port}"
     return _ready(server, lambda: _wait_answer(server))
 

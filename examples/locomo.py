@@ -56,11 +56,15 @@ class Session:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """`evidence`: the dia_ids of the turns that hold the answer; empty for a question of the user's own."""
+    """`evidence`: the dia_ids of the turns that hold the answer; empty for a question of the user's own.
+
+    `category`: the file's number for the kind of question, if it has one.
+    """
 
     text: str
     answer: str
     evidence: tuple[str, ...]
+    category: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,5 +161,7 @@ def _questions(raw: Any, where: str, known: set[str]) -> tuple[Question, ...]:
         text = _get(item, "question", str, f"{where}: question {index}")
         evidence = _get(item, "evidence", list, f"{where}: question {index}")
         if evidence and all(isinstance(dia_id, str) and dia_id in known for dia_id in evidence):
-            found.append(Question(text, str(item.get("answer", "")), tuple(dict.fromkeys(evidence))))
+            category = item.get("category")
+            number = category if isinstance(category, int) else None
+            found.append(Question(text, str(item.get("answer", "")), tuple(dict.fromkeys(evidence)), number))
     return tuple(found)

@@ -10,7 +10,8 @@ the same key and arguments is done once. Left out, each call gets a new one.
 from __future__ import annotations
 
 from memory_system.client_core import R
-from memory_system.client_fixed import Fields, FixedMethods, given
+from memory_system.client_fixed import FixedMethods
+from memory_system.client_search import Fields, given
 
 __all__ = ["ClientMethods", "FixedMethods"]
 
@@ -43,27 +44,6 @@ class ClientMethods(FixedMethods[R]):
         """session_state: open or ended; None: both. Reply: results, count, next_cursor."""
         data = given(user_id=user_id, session_state=session_state, limit=limit, cursor=cursor)
         return self.call("list_sessions", data)
-
-    def search_similar(
-        self,
-        memory_id: str,
-        k: int = 5,
-        filters: Fields | None = None,
-        *,
-        include_archived: bool = False,
-        min_score: float | None = None,
-        explain: bool = False,
-        touch: bool = True,
-        cursor: str | None = None,
-    ) -> R:
-        """Memories near this one in meaning. Reply: results, count, next_cursor."""
-        options = given(include_archived=include_archived, min_score=min_score, explain=explain, touch=touch)
-        data = given(memory_id=memory_id, k=k, filters=filters, cursor=cursor)
-        return self.call("search_similar", data | options)
-
-    def batch_search(self, queries: list[Fields]) -> R:
-        """Up to 100 searches; each a dict of semantic_search's fields without cursor. Reply: results, count."""
-        return self.call("batch_search", {"queries": queries})
 
     def remove_relationship(
         self,

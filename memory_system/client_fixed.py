@@ -3,19 +3,11 @@ all of them."""
 
 from __future__ import annotations
 
-from typing import Any
-
-from memory_system.client_core import ClientCore, R
-
-Fields = dict[str, Any]
+from memory_system.client_core import R
+from memory_system.client_search import Fields, SearchMethods, given
 
 
-def given(**fields: Any) -> Fields:
-    """The fields that are not None, which stands for absent."""
-    return {name: value for name, value in fields.items() if value is not None}
-
-
-class FixedMethods(ClientCore[R]):
+class FixedMethods(SearchMethods[R]):
     """The methods whose names, order and defaults never change; new arguments are keyword-only."""
 
     def create_session(
@@ -79,48 +71,6 @@ class FixedMethods(ClientCore[R]):
     def get_memory(self, memory_id: str, *, touch: bool = True) -> R:
         """Reply: memory. `touch=False`: the read is not counted as an access."""
         return self.call("get_memory", {"memory_id": memory_id, "touch": touch})
-
-    def search_memory(
-        self,
-        query: str,
-        memory_type: str | None = None,
-        limit: int = 10,
-        parent_id: str | None = None,
-        *,
-        filters: Fields | None = None,
-        include_archived: bool = False,
-        min_score: float | None = None,
-        explain: bool = False,
-        touch: bool = True,
-        cursor: str | None = None,
-    ) -> R:
-        """Search by keywords. Reply: results (memories with score), count, next_cursor."""
-        options = given(include_archived=include_archived, min_score=min_score, explain=explain, touch=touch)
-        data = given(
-            query=query, memory_type=memory_type, limit=limit, parent_id=parent_id, filters=filters, cursor=cursor
-        )
-        return self.call("search_memory", data | options)
-
-    def semantic_search(
-        self,
-        query: str,
-        k: int = 5,
-        filters: Fields | None = None,
-        *,
-        mode: str = "hybrid",
-        include_archived: bool = False,
-        min_score: float | None = None,
-        explain: bool = False,
-        touch: bool = True,
-        cursor: str | None = None,
-    ) -> R:
-        """Search by meaning; mode is hybrid, dense or keyword. Reply: results, count, pending, degraded, next_cursor.
-
-        Each result has score (for the order), similarity and keyword (absolute) beside the memory's fields.
-        """
-        options = given(include_archived=include_archived, min_score=min_score, explain=explain, touch=touch)
-        data = given(query=query, k=k, filters=filters, mode=mode, cursor=cursor)
-        return self.call("semantic_search", data | options)
 
     def update_memory(
         self,

@@ -153,7 +153,7 @@ def _field_error(error: msgspec.ValidationError, cls: type[Struct], where: str) 
     details: dict[str, Any] = {}
     if unknown := _UNKNOWN.match(text):
         name = unknown.group(1)
-        near = difflib.get_close_matches(name, cls.__struct_fields__, n=1)
+        near = difflib.get_close_matches(name, _fields(cls, below), n=1)
         text = f"unknown field {name}" + (f"; did you mean {near[0]}?" if near else "")
         details = {"suggestion": near[0]} if near else {}
         below = _join(below, name)
@@ -173,6 +173,17 @@ def _field_error(error: msgspec.ValidationError, cls: type[Struct], where: str) 
             return InvalidField("data", f"data is a map: {text}")
         return InvalidRequest(f"the body is not a msgpack map or JSON object: {text}")
     return InvalidField(field, text, **details)
+
+
+def _fields(cls: type[Struct], below: str) -> tuple[str, ...]:
+    """The fields of the map at a path of a request."""
+    for name in filter(None, below.split(".")):
+        hint = typing.get_type_hints(cls).get(name)
+        maps = [part for part in typing.get_args(hint) if isinstance(part, type) and issubclass(part, Struct)]
+        if not maps:
+            return ()
+        cls = maps[0]
+    return cls.__struct_fields__
 
 
 def _choices(cls: type[Struct], field: str) -> str:

@@ -22,8 +22,6 @@ from memory_system.params import (
     Limit,
     Name,
     Params,
-    Query,
-    SearchMode,
     SortField,
     SortOrder,
     State,
@@ -35,6 +33,7 @@ from memory_system.params import (
     Unit,
     check_content,
 )
+from memory_system.search_models import SEARCH_PARAMS
 
 
 class Envelope(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -227,48 +226,6 @@ class GetMemoriesByGroup(Params, frozen=True, kw_only=True):
     cursor: Cursor | None = None
 
 
-class SearchMemory(Params, frozen=True, kw_only=True):
-    query: Query
-    memory_type: Name | None = None
-    limit: Limit = 10
-    parent_id: Id | None = None
-    filters: Raw = ABSENT
-    include_archived: bool = False
-    min_score: Unit | None = None
-    explain: bool = False
-    touch: bool = True
-    cursor: Cursor | None = None
-
-
-class SemanticSearch(Params, frozen=True, kw_only=True):
-    query: Query
-    k: Limit = 5
-    filters: Raw = ABSENT
-    mode: SearchMode = "hybrid"
-    include_archived: bool = False
-    min_score: Annotated[float, Meta(ge=-1.0, le=1.0)] | None = None
-    explain: bool = False
-    touch: bool = True
-    cursor: Cursor | None = None
-
-
-class SearchSimilar(Params, frozen=True, kw_only=True):
-    memory_id: Id
-    k: Limit = 5
-    filters: Raw = ABSENT
-    include_archived: bool = False
-    min_score: Annotated[float, Meta(ge=-1.0, le=1.0)] | None = None
-    explain: bool = False
-    touch: bool = True
-    cursor: Cursor | None = None
-
-
-class BatchSearch(Params, frozen=True, kw_only=True):
-    """Each query is a map with the fields of semantic_search, cursor excepted."""
-
-    queries: Annotated[list[Raw], Meta(min_length=1, max_length=p.MAX_BATCH_QUERIES)]
-
-
 class GetRequestStatus(Params, frozen=True, kw_only=True):
     request_id: Id
 
@@ -284,10 +241,6 @@ PARAMS: dict[str, type[Params]] = {
     "update_memory": UpdateMemory,
     "delete_memory": DeleteMemory,
     "get_children": GetChildren,
-    "search_memory": SearchMemory,
-    "semantic_search": SemanticSearch,
-    "search_similar": SearchSimilar,
-    "batch_search": BatchSearch,
     "add_relationship": AddRelationship,
     "remove_relationship": RemoveRelationship,
     "get_related_memories": GetRelatedMemories,
@@ -306,6 +259,7 @@ PARAMS: dict[str, type[Params]] = {
     "get_commit_seq": NoParams,
     "health_check": NoParams,
     "get_request_status": GetRequestStatus,
+    **SEARCH_PARAMS,
     **ADMIN_PARAMS,
 }
 

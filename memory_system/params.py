@@ -35,6 +35,10 @@ SortField = Literal[
     "created_at", "updated_at", "occurred_at", "last_accessed_at", "importance", "access_count", "version", "memory_id"
 ]
 SearchMode = Literal["hybrid", "dense", "keyword"]
+Cosine = Annotated[float, Meta(ge=-1.0, le=1.0)]
+Weight = Annotated[float, Meta(ge=0.0, le=10.0)]
+HalfLife = Annotated[float, Meta(ge=0.001, le=36_500.0)]  # days
+Expansion = Literal["parent", "neighbours"]
 
 # The encoding of "absent" for a raw field; `null` arrives as the bytes of null.
 ABSENT = Raw(b"")

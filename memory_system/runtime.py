@@ -125,7 +125,6 @@ class Runtime:
         await self._embedder.start()
         self._housekeeping.start()
         self._closers.append(self._housekeeping.close)
-        await self._maintaining.start()
         self._open_metrics()
         self._heartbeat = self._health_service.heartbeat
         self._begin_heartbeats()
@@ -187,7 +186,13 @@ class Runtime:
             on_advance=partial(self._soon, self._on_advance),
         )
         self._engine = SearchEngine(
-            settings.search, settings.lifecycle, self._path, self._index, connect, query_s=settings.limits.query_s
+            settings.search,
+            settings.lifecycle,
+            self._path,
+            self._index,
+            connect,
+            query_s=settings.limits.query_s,
+            weights=settings.ranking,
         )
         self._own_writes = OwnWrites(self._index.has_vector)
         self._closers += [

@@ -21,6 +21,7 @@ from memory_system.errors import ConfigError
 from memory_system.health_settings import ErrorBusSettings, HealthSettings, MetricsSettings
 from memory_system.lifecycle_settings import LifecycleSettings
 from memory_system.maintenance_settings import ClockSettings, MaintenanceSettings
+from memory_system.ranking_settings import RankingSettings
 from memory_system.scheduler_settings import SchedulerSettings, check_jobs, with_one_trigger
 
 PROJECT: Final = Path(__file__).resolve().parent.parent
@@ -169,7 +170,17 @@ class EmbeddingSettings:
         noun="a name or a folder",
         check=_not_empty,
     )
-    threads: int = key(0, "CPU threads of the model; 0: half the cores, 1 to 4.", unit="threads", span=(0, 1024))
+    backend: str = key(
+        "auto",
+        "What runs the model; auto: a GPU that PyTorch can use, else ctranslate2 if it takes the model, else torch.",
+        choices=("auto", "ctranslate2", "torch", "torch-bf16", "cuda"),
+    )
+    threads: int = key(
+        0,
+        "CPU threads of the model; 0: one for each core (torch: for each second), at most 4.",
+        unit="threads",
+        span=(0, 1024),
+    )
     nice: int = key(5, "Niceness of the model's process, so that it yields to the service.", span=(0, 19))
     batch_texts: int = key(32, "Most texts in one batch.", unit="texts", span=(1, 4096))
     batch_ms: float = key(
@@ -189,21 +200,27 @@ class EmbeddingSettings:
 class SearchSettings:
     wait_ms: int = key(150, "Longest wait for vectors of the caller's own latest writes.", unit="ms", span=(0, 60_000))
     candidates: int = key(
-        100, "Candidates that each side (vectors, keywords) brings.", unit="memories", span=(1, 10_000)
+        50, "Candidates that each side (vectors, keywords) brings.", unit="memories", span=(1, 10_000)
     )
-    dense_weight: float = key(0.5, "Weight of meaning in the score.", span=(0, 1))
-    keyword_weight: float = key(0.5, "Weight of shared words in the score.", span=(0, 1))
     exact_max: int = key(
-        20_000,
-        "Up to this many memories all vectors are compared; beyond, the index is used.",
+        4_000,
+        "Up to this many memories (that a filter lets pass) all vectors are compared; of more, their short forms.",
         unit="memories",
         span=(0, 10_000_000),
     )
-    hnsw_m: int = key(16, "Links of each vector in the index.", unit="links", span=(2, 128))
-    hnsw_ef_construction: int = key(
-        200, "Candidates looked at when a vector enters the index.", unit="vectors", span=(2, 10_000)
+    graph_from: int = key(
+        500_000,
+        "From this many memories on a graph is built, for searches whose filter lets most of them pass.",
+        unit="memories",
+        span=(1, 1_000_000_000),
     )
-    hnsw_ef: int = key(100, "Candidates looked at by a search of the index.", unit="vectors", span=(1, 10_000))
+    hnsw_m: int = key(16, "Links of each vector in the graph.", unit="links", span=(2, 128))
+    hnsw_ef_construction: int = key(
+        100, "Candidates looked at when a vector enters the graph.", unit="vectors", span=(2, 10_000)
+    )
+    hnsw_ef: int = key(
+        100, "Least candidates looked at in each part of the graph by a search.", unit="vectors", span=(1, 10_000)
+    )
     threads: int = key(2, "Threads that search vectors.", unit="threads", span=(1, 256))
     snapshot_s: float = key(300.0, "Interval at which a changed index is saved.", unit="s", span=(0.1, 86_400))
     filterable_metadata: tuple[str, ...] = key(
@@ -249,6 +266,7 @@ class Settings:
     redis: RedisSettings = field(default_factory=RedisSettings)
     embedding: EmbeddingSettings = field(default_factory=EmbeddingSettings)
     search: SearchSettings = field(default_factory=SearchSettings)
+    ranking: RankingSettings = field(default_factory=RankingSettings)
     lifecycle: LifecycleSettings = field(default_factory=LifecycleSettings)
     consolidation: ConsolidationSettings = field(default_factory=ConsolidationSettings)
     maintenance: MaintenanceSettings = field(default_factory=MaintenanceSettings)
@@ -300,9 +318,9 @@ def config_file(path: str | None, environ: Mapping[str, str]) -> Path | None:
 
 def _check_together(settings: Settings) -> None:
     check_jobs(settings.scheduler.jobs)
-    search, limits = settings.search, settings.limits
-    if search.dense_weight + search.keyword_weight <= 0:
-        raise ConfigError("search.dense_weight and search.keyword_weight are both 0: expected one above 0")
+    weights, limits = settings.ranking, settings.limits
+    if weights.dense_weight + weights.keyword_weight <= 0:
+        raise ConfigError("ranking.dense_weight and ranking.keyword_weight are both 0: expected one above 0")
     if limits.max_in_flight_per_client > limits.max_in_flight:
         raise ConfigError(
             f"limits.max_in_flight_per_client = {limits.max_in_flight_per_client}: "

@@ -37,6 +37,8 @@ class Hello:
     dimension: int
     max_tokens: int | None
     threads: int
+    backend: str
+    device: str
 
     def as_log(self) -> dict[str, Any]:
         return asdict(self)
@@ -74,9 +76,8 @@ class WorkerProcess:
             start_new_session=True,
         )
         worker = cls(process)
-        worker._requests.write(
-            frames.pack({"model": settings.model, "threads": settings.threads, "nice": settings.nice})
-        )
+        wanted = ("model", "backend", "threads", "nice")
+        worker._requests.write(frames.pack({name: getattr(settings, name) for name in wanted}))
         return worker
 
     async def hello(self) -> Hello:

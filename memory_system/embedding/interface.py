@@ -26,7 +26,7 @@ class Embedder(Protocol):
 
     @property
     def model_id(self) -> str | None:
-        """Name and weights digest, such as "all-MiniLM-L6-v2:53aa5117"; None until known.
+        """Name, weights digest and, unless fp32, precision, such as "all-MiniLM-L6-v2:53aa5117"; None until known.
 
         Vectors of two ids must never be compared; the id stays known while the worker is down.
         """

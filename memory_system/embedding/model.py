@@ -1,5 +1,4 @@
-"""Which weights `embedding.model` means, and loading them. Only the worker process loads; nothing here is imported
-by the service itself.
+"""Which weights `embedding.model` means. Only the worker process asks; nothing here is imported by the service itself.
 
 A name is looked for in this order: a directory, an installed package that carries the weights, a model hub.
 The first two never touch the network.
@@ -8,7 +7,6 @@ The first two never touch the network.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,24 +47,15 @@ def resolve(model: str) -> Source:
     return Source(model, None, None)
 
 
-def load(source: Source) -> tuple[SentenceTransformer, str]:
-    """Load the model for the CPU and return it with its id. Raises ConfigError with what to do when it cannot be."""
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    if source.directory is not None:
-        # Set before the libraries read it at import: what is on this disk must not wait for a network.
-        os.environ["HF_HUB_OFFLINE"] = "1"
-    # Imported here: it takes seconds, and a wrong name should fail before that.
-    from sentence_transformers import SentenceTransformer
-
-    try:
-        model = SentenceTransformer(str(source.directory or source.name), device="cpu")
-    except Exception as error:  # the libraries raise a wide and changing set of types for an unusable model
-        raise ConfigError(_unusable(source, error)) from error
-    digest = source.weights_sha256 or _hub_digest(source.name) or _loaded_digest(model)
-    return model, f"{source.name}:{digest[:8]}"
+def digest(source: Source, loaded: SentenceTransformer | None = None) -> str:
+    """sha256 of the weights; of a hub's model only once it is loaded."""
+    if source.weights_sha256 is not None or loaded is None:
+        return source.weights_sha256 or ""
+    return _hub_digest(source.name) or _loaded_digest(loaded)
 
 
-def _unusable(source: Source, error: Exception) -> str:
+def unusable(source: Source, error: Exception) -> str:
+    """The sentence for a model that the libraries cannot load, with what to do."""
     cause = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
     if source.directory is not None:
         return f"embedding.model: {source.directory} has no model that can be loaded ({cause})"

@@ -18,29 +18,19 @@ import sys
 import traceback
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
+import memory_system.embedding.encoders as encoders
 import memory_system.embedding.frames as frames
 import memory_system.embedding.model as model
+from memory_system.embedding.encoders import Encoder
 from memory_system.embedding.interface import Vectors
 from memory_system.errors import ConfigError
 
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
-
 _PR_SET_PDEATHSIG = 1
-_MAX_AUTO_THREADS = 4
-# Within a request texts are run in groups of this many neighbours in length: larger groups lose more to padding
-# than they gain, see docs/decisions.md.
-_GROUP_TEXTS = 4
 _WARM_UP = ("warm up", "a longer text, so that the first real request finds all kernels ready " * 8)
-
-
-def auto_threads(cpus: int) -> int:
-    """Threads for `threads: 0`: half of the processors, at most 4, so that the service keeps a processor."""
-    return max(1, min(_MAX_AUTO_THREADS, cpus // 2))
 
 
 class Pipe:
@@ -91,13 +81,13 @@ def _run(pipe: Pipe) -> int:
         return 0
     _be_modest(settings["nice"])
     try:
-        transformer, hello = _load(settings["model"], settings["threads"])
+        encoder, hello = _load(settings["model"], settings["backend"], settings["threads"])
     except ConfigError as error:
         pipe.send({"error": error.message})
         return 1
     pipe.send(hello)
     while (request := pipe.receive()) is not None:
-        pipe.send(_answer(transformer, request))
+        pipe.send(_answer(encoder, request))
     return 0
 
 
@@ -118,23 +108,21 @@ def _be_modest(nice: int) -> None:
         Path("/proc/self/oom_score_adj").write_text("500")
 
 
-def _load(name: str, threads: int) -> tuple[SentenceTransformer, dict[str, Any]]:
+def _load(name: str, backend: str, threads: int) -> tuple[Encoder, dict[str, Any]]:
     source = model.resolve(name)
-    threads = threads or auto_threads(_cpus())
-    _quiet_libraries(threads)
-    import torch
-
-    torch.set_num_threads(threads)
-    torch.set_num_interop_threads(1)
-    transformer, model_id = model.load(source)
-    dimension = _encode(transformer, list(_WARM_UP)).shape[1]
+    given = encoders.threads(threads, _cpus())
+    _quiet_libraries(given.torch)
+    encoder, model_id = encoders.load(source, backend, given)
+    dimension = _encode(encoder, list(_WARM_UP)).shape[1]
     hello = {
         "model_id": model_id,
         "dimension": dimension,
-        "max_tokens": transformer.max_seq_length,
-        "threads": threads,
+        "max_tokens": encoder.max_tokens,
+        "threads": encoder.threads,
+        "backend": encoder.name,
+        "device": encoder.device,
     }
-    return transformer, hello
+    return encoder, hello
 
 
 def _cpus() -> int:
@@ -153,21 +141,18 @@ def _quiet_libraries(threads: int) -> None:
     warnings.simplefilter("ignore")
 
 
-def _answer(transformer: SentenceTransformer, request: dict[str, Any]) -> dict[str, Any]:
+def _answer(encoder: Encoder, request: dict[str, Any]) -> dict[str, Any]:
     try:
-        vectors = _encode(transformer, request["texts"])
+        vectors = _encode(encoder, request["texts"])
     except Exception as error:  # noqa: BLE001 - whatever a text makes the libraries raise, the worker answers and goes on
         traceback.print_exc()
         return {"id": request["id"], "error": f"{type(error).__name__} while encoding"}
     return {"id": request["id"], "vectors": vectors.tobytes()}
 
 
-def _encode(transformer: SentenceTransformer, texts: list[str]) -> Vectors:
-    """Encode texts, each row of unit length; the library sorts by length before it groups, and restores the order."""
-    vectors = np.asarray(
-        transformer.encode(texts, batch_size=_GROUP_TEXTS, convert_to_numpy=True, show_progress_bar=False),
-        dtype=np.float32,
-    )
+def _encode(encoder: Encoder, texts: list[str]) -> Vectors:
+    """Encode texts, each row of unit length."""
+    vectors = encoder.encode(texts)
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     if not np.isfinite(norms).all() or (norms == 0).any():
         raise ValueError("the model gave a vector without a direction")

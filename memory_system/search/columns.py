@@ -1,89 +1,29 @@
 """The fields that most filters name, held as numpy columns: one slot for each row that can be searched.
 
-A slot is reused after its row is gone. Strings and metadata values are coded by a dictionary, so that a condition
-is decided once for each distinct value and then looked up for each row.
+A slot is reused after its row is gone. Masks of scopes that were asked for are kept, and patched as rows change.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, Final, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from memory_system.filters import And, Condition, Filter, Not, conditions, dig, holds, parse_path
+from memory_system.filters import And, Condition, Filter, Not, conditions, dig, parse_path
+from memory_system.search.coding import Codes, Coding
+from memory_system.search.masks import KeptMasks, Where
+from memory_system.search.rows import Row, Rows
 from memory_system.search.scope import Scope
+from memory_system.search.siblings import NONE, Siblings
 
 Mask = npt.NDArray[np.bool_]
-Codes = npt.NDArray[np.int32]
 Ids = npt.NDArray[np.int64]
 
 CODED_FIELDS: Final = ("memory_type", "memory_tier", "state", "parent_id", "session_id", "user_id")
 _ORDER: Final = {"gt": np.greater, "gte": np.greater_equal, "lt": np.less, "lte": np.less_equal}
 _START: Final = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """What the index needs of a memory. `digest`: 16 bytes of its content; `expires_at`: epoch seconds."""
-
-    row_id: int
-    namespace: str
-    memory_type: str
-    memory_tier: str
-    state: str
-    expires_at: float | None
-    parent_id: str | None
-    session_id: str | None
-    user_id: str | None
-    digest: bytes
-    metadata: dict[str, Any] | None = None
-
-
-class Coding:
-    """Values of one column to small integers. A code is free again when no row has its value."""
-
-    def __init__(self) -> None:
-        self._codes: dict[Any, int] = {}
-        self._values: list[Any] = []
-        self._uses: list[int] = []
-        self._free: list[int] = []
-
-    def take(self, value: Any) -> int:
-        """The code of `value` for one more row."""
-        key = value if isinstance(value, str) else (json.dumps(value, sort_keys=True),)
-        code = self._codes.get(key)
-        if code is None:
-            if self._free:
-                code = self._free.pop()
-                self._values[code] = value
-            else:
-                code = len(self._values)
-                self._values.append(value)
-                self._uses.append(0)
-            self._codes[key] = code
-        self._uses[code] += 1
-        return code
-
-    def give_back(self, code: int) -> None:
-        """One row less has this code."""
-        self._uses[code] -= 1
-        if self._uses[code] == 0:
-            value = self._values[code]
-            del self._codes[value if isinstance(value, str) else (json.dumps(value, sort_keys=True),)]
-            self._values[code] = None
-            self._free.append(code)
-
-    def code(self, text: str) -> int:
-        """The code of a string, -1 if no row has it."""
-        return self._codes.get(text, -1)
-
-    def table(self, condition: Condition) -> Mask:
-        """For each code, whether the condition holds of its value."""
-        return np.fromiter((holds(condition, value) for value in self._values), np.bool_, len(self._values))
 
 
 class Columns:
@@ -99,6 +39,12 @@ class Columns:
         self.has_vector: Mask = np.zeros(_START, np.bool_)
         self._alive: Mask = np.zeros(_START, np.bool_)
         self._expires = np.full(_START, np.inf)
+        self.occurred_at = np.full(_START, np.nan)  # epoch seconds
+        self.happened_at = np.zeros(_START)  # when it occurred, or else when it was created
+        self.siblings = Siblings()
+        self._lacking: npt.NDArray[np.int64] = np.zeros(8, np.int64)  # rows without a vector, by namespace
+        self._expiring = 0  # rows that expire some day
+        self._kept = KeptMasks()
         self._slots: dict[int, int] = {}
         self._free: list[int] = []
         self._top = 0
@@ -122,39 +68,111 @@ class Columns:
         get = self._slots.get
         return np.array([slot for row_id in row_ids if (slot := get(row_id)) is not None], np.int64)
 
+    def namespaces(self, slots: npt.NDArray[np.integer[Any]]) -> tuple[list[str], Codes]:
+        """Names, and for each slot which of them is its row's."""
+        return self._codings["namespace"].values, self._codes["namespace"][slots]
+
+    def lookup(self, row_ids: Ids) -> Ids:
+        """The slot of each row, -1 where the row is not held; for many rows at once."""
+        held = np.flatnonzero(self._alive[: self._top])
+        if not len(held):
+            return np.full(len(row_ids), -1, np.int64)
+        order = held[np.argsort(self.row_ids[held], kind="stable")]
+        at = np.minimum(np.searchsorted(self.row_ids[order], row_ids), len(order) - 1)
+        return np.where(self.row_ids[order[at]] == row_ids, order[at], -1)
+
+    def alive(self) -> Ids:
+        """The slots of all rows."""
+        return np.flatnonzero(self._alive[: self._top])
+
     def put(self, row: Row) -> int:
         """Insert or replace a row; its slot. A changed content takes the vector away."""
         slot = self._slots.get(row.row_id)
         if slot is None:
             slot = self._new_slot(row.row_id)
         else:
-            self._release_codes(slot)
+            self._leave(slot)
         if self.digests[slot].tobytes() != row.digest:
             self.has_vector[slot] = False
             self.digests[slot] = np.void(row.digest)
         self._expires[slot] = np.inf if row.expires_at is None else row.expires_at
+        self._expiring += row.expires_at is not None
+        self.occurred_at[slot] = np.nan if row.occurred_at is None else row.occurred_at
+        self.happened_at[slot] = row.created_at if row.occurred_at is None else row.occurred_at
         for name, coding in self._codings.items():
             value = dig(row.metadata, name) if isinstance(name, tuple) else getattr(row, name)
             self._codes[name][slot] = coding.take(value)
+        if row.parent_id is not None:
+            self.siblings.add(slot, self._family(slot), float(self.happened_at[slot]), row.row_id)
         self._alive[slot] = True
+        self._count_lacking(slot, int(not self.has_vector[slot]))
+        self._kept.note(slot)
         return slot
+
+    def extend(self, rows: Rows) -> Ids:
+        """Insert many rows, none of which is held, into columns from which none was ever removed; their slots, in
+        order. `settle` is to follow before anything is asked."""
+        first, count = self._top, len(rows.row_id)
+        while first + count > len(self.row_ids):
+            self._grow()
+        new = slice(first, first + count)
+        self._top += count
+        self.row_ids[new] = rows.row_id
+        self.digests[new] = np.frombuffer(b"".join(rows.digest), "V16")
+        self._expires[new] = [np.inf if time_s is None else time_s for time_s in rows.expires_at]
+        self._expiring += int(np.count_nonzero(np.isfinite(self._expires[new])))
+        self.occurred_at[new] = np.array(rows.occurred_at, np.float64)  # None becomes NaN
+        unknown = np.isnan(self.occurred_at[new])
+        self.happened_at[new] = np.where(unknown, np.array(rows.created_at, np.float64), self.occurred_at[new])
+        for name, coding in self._codings.items():
+            values = [dig(one, name) for one in rows.metadata] if isinstance(name, tuple) else getattr(rows, name)
+            self._codes[name][new] = coding.take_each(values)
+        self._alive[new] = True
+        self._slots.update(zip(rows.row_id, range(first, self._top), strict=True))
+        return np.arange(first, self._top)
+
+    def settle(self) -> None:
+        """Put all rows of `extend` into their places below their parents, and count what lacks a vector."""
+        slots = np.arange(self._top)
+        none = self._codings["parent_id"].table(Condition("parent_id", (), "exists", False))
+        slots = slots[~none[self._codes["parent_id"][slots]]] if len(none) else slots
+        families = self._codes["namespace"][slots].astype(np.int64) << 32 | self._codes["parent_id"][slots]
+        self.siblings.load(slots, families, self.happened_at[slots], self.row_ids[slots])
+        self._count_all_lacking()
+        self._kept.clear()
+
+    def set_vector(self, slot: int, present: bool) -> None:
+        """Note whether the slot's row has a vector."""
+        if bool(self.has_vector[slot]) != present:
+            self.has_vector[slot] = present
+            if self._alive[slot]:
+                self._count_lacking(slot, -1 if present else 1)
+
+    def drop_vectors(self) -> None:
+        """No row has a vector any more."""
+        self.has_vector[:] = False
+        self._count_all_lacking()
 
     def remove(self, row_id: int) -> int | None:
         """Forget a row; the slot that it had, or None if it was not held."""
         slot = self._slots.pop(row_id, None)
         if slot is not None:
-            self._release_codes(slot)
+            self._leave(slot)
             self._alive[slot] = self.has_vector[slot] = False
+            self._expires[slot] = np.inf
+            self._kept.note(slot)
             self.digests[slot] = np.void(bytes(16))
             self._free.append(slot)
         return slot
 
     def pending(self, namespace: str, leaving_out: Iterable[int] = ()) -> int:
         """How many rows of the namespace have no vector, some rows left out."""
-        top = self._top
-        lacking = self._alive[:top] & ~self.has_vector[:top] & self._equals("namespace", namespace)
-        lacking[self.slots(leaving_out)] = False
-        return int(np.count_nonzero(lacking))
+        code = self._codings["namespace"].code(namespace)
+        if not 0 <= code < len(self._lacking):
+            return 0
+        out = self.slots(leaving_out)
+        out = out[~self.has_vector[out] & (self._codes["namespace"][out] == code)]
+        return int(self._lacking[code]) - len(out)
 
     def missing(self) -> list[int]:
         """The row ids without a vector, newest first."""
@@ -169,55 +187,60 @@ class Columns:
         )
 
     def mask(self, scope: Scope) -> Mask | None:
-        """By slot, whether the row is in scope; None if the filter names a field that is not held here."""
+        """By slot, whether the row is in scope; None if the filter names a field that is not held here. Read-only, and
+        good until the columns change."""
         if not self.covers(scope.filter):
             return None
-        allowed = self._filter(scope.filter)
-        allowed &= self._alive[: self._top]
-        allowed &= self._equals("namespace", scope.namespace)
-        allowed &= self._expires[: self._top] > scope.now_s
+        # 1 and True are equal, and mean different things in a filter: their texts differ.
+        key = (scope.namespace, repr(scope.filter), scope.include_archived, scope.since_s, scope.until_s)
+        allowed = self._kept.get(key, lambda where: self._allowed(scope, where), self._top)
+        return allowed & (self._expires[: self._top] > scope.now_s) if self._expiring else allowed
+
+    def _allowed(self, scope: Scope, where: Where) -> Mask:
+        """Which of the slots the scope lets pass, whatever expires."""
+        allowed = _filter(self, scope.filter, where)
+        allowed &= self._alive[where]
+        allowed &= _equals(self, "namespace", scope.namespace, where)
         if not scope.include_archived:
-            allowed &= self._equals("state", "active")
+            allowed &= _equals(self, "state", "active", where)
+        if scope.since_s is not None:
+            allowed &= self.happened_at[where] >= scope.since_s
+        if scope.until_s is not None:
+            allowed &= self.happened_at[where] < scope.until_s
         return allowed
 
-    def _filter(self, node: Filter) -> Mask:
-        """A fresh mask of the slots that a filter lets pass."""
-        if isinstance(node, Condition):
-            return self._condition(node)
-        if isinstance(node, Not):
-            return ~self._filter(node.part)
-        conjunction = isinstance(node, And)
-        result = np.full(self._top, conjunction, np.bool_)
-        for part in node.parts:
-            mask = self._filter(part)
-            result = result & mask if conjunction else result | mask
-        return result
+    def visible(self, slots: Ids, scope: Scope) -> Mask:
+        """Which of the slots hold a row that the scope's namespace, time and state let pass, whatever its filter."""
+        seen = (slots >= 0) & self._alive[slots] & (self._expires[slots] > scope.now_s)
+        seen &= self._codes["namespace"][slots] == self._codings["namespace"].code(scope.namespace)
+        if not scope.include_archived:
+            seen &= self._codes["state"][slots] == self._codings["state"].code("active")
+        return _mask(seen)
 
-    def _condition(self, condition: Condition) -> Mask:
-        if condition.field == "expires_at":
-            return self._expiry(condition)
-        name = condition.path or condition.field
-        if condition.op == "eq" and isinstance(condition.operand, str):
-            return self._equals(name, condition.operand)
-        table = self._codings[name].table(condition)
-        # Free slots keep codes of long ago: they are masked out later and need only stay inside the table here.
-        return _mask(np.take(table, self._codes[name][: self._top], mode="clip") if len(table) else table)
+    def around(self, slots: Ids, reach: int) -> Ids:
+        """The slots from `reach` before to `reach` after each, below the same parent: [2 * reach + 1, slots], -1 where
+        there is none."""
+        before, after = [slots], [slots]
+        for chain, links in ((before, self.siblings.before), (after, self.siblings.after)):
+            for _ in range(reach):
+                chain.append(np.where(chain[-1] >= 0, links[chain[-1]], NONE))
+        return np.array([*reversed(before), *after[1:]], np.int64)
 
-    def _equals(self, name: str | tuple[str, ...], text: str) -> Mask:
-        return _mask(np.equal(self._codes[name][: self._top], self._codings[name].code(text)))
+    def parents(self, slots: Ids) -> Ids:
+        """A number for the parent of each slot's row; -1 where it has no siblings."""
+        alone = (self.siblings.before[slots] == NONE) & (self.siblings.after[slots] == NONE)
+        return np.where(alone, -1, self._codes["parent_id"][slots].astype(np.int64))
 
-    def _expiry(self, condition: Condition) -> Mask:
-        expires, operand = self._expires[: self._top], condition.operand
-        never = np.isinf(expires)
-        if condition.op == "exists":
-            return _mask(~never if operand else never)
-        if condition.op in _ORDER:
-            return _mask(_ORDER[condition.op](expires, cast(float, operand)) & ~never)
-        values = operand if isinstance(operand, tuple) else (operand,)
-        equal = np.isin(expires, [value for value in values if value is not None])
-        if None in values:
-            equal = equal | never
-        return _mask(~equal if condition.op in ("ne", "nin") else equal)
+    def _count_lacking(self, slot: int, change: int) -> None:
+        code = int(self._codes["namespace"][slot])
+        if code >= len(self._lacking):
+            self._lacking = np.concatenate([self._lacking, np.zeros(max(code + 1, len(self._lacking)), np.int64)])
+        self._lacking[code] += change
+
+    def _count_all_lacking(self) -> None:
+        top = self._top
+        codes = self._codes["namespace"][:top][self._alive[:top] & ~self.has_vector[:top]]
+        self._lacking = np.bincount(codes, minlength=8)
 
     def _new_slot(self, row_id: int) -> int:
         if self._free:
@@ -237,10 +260,20 @@ class Columns:
 
         self.row_ids, self.digests = doubled(self.row_ids), doubled(self.digests)
         self.has_vector, self._alive = doubled(self.has_vector), doubled(self._alive)
-        self._expires = doubled(self._expires)
+        self._expires, self.occurred_at = doubled(self._expires), doubled(self.occurred_at)
+        self.happened_at = doubled(self.happened_at)
         self._codes = {name: doubled(codes) for name, codes in self._codes.items()}
+        self.siblings.reserve(len(self.row_ids))
 
-    def _release_codes(self, slot: int) -> None:
+    def _family(self, slot: int) -> int:
+        """A number for a row's parent within its namespace."""
+        return int(self._codes["namespace"][slot]) << 32 | int(self._codes["parent_id"][slot])
+
+    def _leave(self, slot: int) -> None:
+        """Take back what a row's place and values are counted by."""
+        self._count_lacking(slot, -int(not self.has_vector[slot]))
+        self._expiring -= bool(np.isfinite(self._expires[slot]))
+        self.siblings.remove(slot, self._family(slot))
         for name, coding in self._codings.items():
             coding.give_back(int(self._codes[name][slot]))
 
@@ -248,3 +281,47 @@ class Columns:
 def _mask(array: npt.NDArray[Any]) -> Mask:
     """For the type checker: comparisons of numpy arrays are typed as Any."""
     return cast(Mask, array)
+
+
+def _filter(columns: Columns, node: Filter, where: Where) -> Mask:
+    """Which of the slots a filter lets pass, as a fresh array."""
+    if isinstance(node, Condition):
+        return _condition(columns, node, where)
+    if isinstance(node, Not):
+        return ~_filter(columns, node.part, where)
+    conjunction = isinstance(node, And)
+    result = np.full(len(columns.row_ids[where]), conjunction, np.bool_)
+    for part in node.parts:
+        mask = _filter(columns, part, where)
+        result = result & mask if conjunction else result | mask
+    return result
+
+
+def _condition(columns: Columns, condition: Condition, where: Where) -> Mask:
+    if condition.field == "expires_at":
+        return _expiry(condition, columns._expires[where])
+    name = condition.path or condition.field
+    if condition.op == "eq" and isinstance(condition.operand, str):
+        return _equals(columns, name, condition.operand, where)
+    table = columns._codings[name].table(condition)
+    # Free slots keep codes of long ago: they are masked out later and need only stay inside the table here.
+    codes = columns._codes[name][where]
+    return _mask(np.take(table, codes, mode="clip") if len(table) else np.zeros(len(codes), np.bool_))
+
+
+def _equals(columns: Columns, name: str | tuple[str, ...], text: str, where: Where) -> Mask:
+    return _mask(np.equal(columns._codes[name][where], columns._codings[name].code(text)))
+
+
+def _expiry(condition: Condition, expires: npt.NDArray[np.float64]) -> Mask:
+    operand = condition.operand
+    never = np.isinf(expires)
+    if condition.op == "exists":
+        return _mask(~never if operand else never)
+    if condition.op in _ORDER:
+        return _mask(_ORDER[condition.op](expires, cast(float, operand)) & ~never)
+    values = operand if isinstance(operand, tuple) else (operand,)
+    equal = np.isin(expires, [value for value in values if value is not None])
+    if None in values:
+        equal = equal | never
+    return _mask(~equal if condition.op in ("ne", "nin") else equal)

@@ -8,14 +8,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
-from memory_system.search.columns import Row
+from memory_system.search.rows import Row, Rows
 
 LOAD_BATCH: Final = 2000
 # SQLite's limit on bound parameters is far higher; this keeps one slice of work short.
 LOG_BATCH: Final = 256
 
+_METADATA: Final = 10  # its place among the fields of Row, and in what is selected
+
 Entry = tuple[Row, bytes | None]
 """A row and its vector (float32, little-endian), None when it has none for its present content and the model."""
+
+Text = tuple[int, bytes, str]
+"""row_id, content digest, content"""
 
 
 @contextmanager
@@ -49,17 +54,21 @@ def read_log(conn: sqlite3.Connection, after_seq: int) -> list[tuple[int, int, s
 def _select(with_metadata: bool) -> str:
     return (
         "SELECT m.row_id, m.namespace, m.memory_type, m.memory_tier, m.state, m.expires_at, m.parent_id, m.session_id,"
-        f" m.user_id, m.content_digest, {'m.metadata' if with_metadata else 'NULL'},"
+        f" m.user_id, m.content_digest, {'m.metadata' if with_metadata else 'NULL'}, m.occurred_at, m.created_at,"
         " CASE WHEN e.digest = m.content_digest AND e.model_id = ? THEN e.vector END"
         " FROM memories AS m LEFT JOIN embeddings AS e ON e.row_id = m.row_id WHERE m.memory_type <> 'session'"
     )
 
 
-def read_all(conn: sqlite3.Connection, model_id: str | None, with_metadata: bool) -> Iterator[list[Entry]]:
-    """Every row that can be searched, in batches, in the order of row ids."""
+def read_all(
+    conn: sqlite3.Connection, model_id: str | None, with_metadata: bool
+) -> Iterator[tuple[Rows, Sequence[bytes | None]]]:
+    """Every row that can be searched, and their vectors as in Entry, in batches, in the order of row ids."""
     cursor = conn.execute(f"{_select(with_metadata)} ORDER BY m.row_id", (model_id,))
     while batch := cursor.fetchmany(LOAD_BATCH):
-        yield [_entry(row) for row in batch]
+        columns: list[Any] = list(zip(*batch, strict=True))
+        columns[_METADATA] = [None if text is None else json.loads(text) for text in columns[_METADATA]]
+        yield Rows(*columns[:-1]), columns[-1]
 
 
 def read_rows(
@@ -69,6 +78,21 @@ def read_rows(
     marks = ", ".join("?" * len(row_ids))
     rows = conn.execute(f"{_select(with_metadata)} AND m.row_id IN ({marks})", (model_id, *row_ids))
     return {row[0]: _entry(row) for row in rows}
+
+
+def read_texts(conn: sqlite3.Connection, row_ids: Sequence[int]) -> list[Text]:
+    """The texts of those of the rows that exist and can be searched."""
+    marks = ", ".join("?" * len(row_ids))
+    sql = f"SELECT row_id, content_digest, content FROM memories WHERE row_id IN ({marks}) AND memory_type <> 'session'"
+    return conn.execute(sql, list(row_ids)).fetchall()
+
+
+def read_newest(conn: sqlite3.Connection, namespace: str, limit: int) -> list[int]:
+    """The newest rows of a namespace that can be searched."""
+    sql = (
+        "SELECT row_id FROM memories WHERE namespace = ? AND memory_type <> 'session' ORDER BY created_at DESC LIMIT ?"
+    )
+    return [row_id for (row_id,) in conn.execute(sql, (namespace, limit))]
 
 
 def read_digests(conn: sqlite3.Connection, namespace: str, row_ids: Sequence[int]) -> dict[int, bytes]:
@@ -92,6 +116,6 @@ def count_pending(conn: sqlite3.Connection, namespace: str, model_id: str | None
 
 
 def _entry(row: tuple[Any, ...]) -> Entry:
-    *fields, metadata, vector = row
-    fields.append(None if metadata is None else json.loads(metadata))
+    *fields, metadata, occurred_at, created_at, vector = row
+    fields += [None if metadata is None else json.loads(metadata), occurred_at, created_at]
     return Row(*fields), vector

@@ -1,6 +1,7 @@
 """The search index: a thread that loads the database once and then follows its log of changes.
 
-Start-up, replay after a crash and live changes are one mechanism, so they cannot come to differ. The index only
+Start-up, replay after a crash and live changes are one mechanism, so they cannot come to differ. A search that finds
+the index behind its own state of the database follows the log itself, so that it waits for no thread. The index only
 reads; whatever goes wrong in it, it is built anew from the database.
 """
 
@@ -9,18 +10,18 @@ from __future__ import annotations
 import sqlite3
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
 from memory_system.log import get_logger
-from memory_system.search import feed, graph_file
-from memory_system.search.columns import Columns
-from memory_system.search.vectors import GRAPH_BATCH, VectorIndex
-from memory_system.search.view import View, has_vector, put, remove
+from memory_system.search import feed, graph_file, loading, word_keeping
+from memory_system.search.following import LogGap, follow
+from memory_system.search.news import News, Saves
+from memory_system.search.tokens import Tokenizer
+from memory_system.search.view import View, forget_vectors, has_vector
 from memory_system.settings import SearchSettings
 
 log = get_logger(__name__)
@@ -29,17 +30,14 @@ log = get_logger(__name__)
 _POLL_S: Final = 1.0
 # Under a stream of commits, some are applied together: searches look at what is not applied yet by themselves.
 _GATHER_S: Final = 0.005
-_GRAPH_BATCHES: Final = 8
-_PROGRESS_S: Final = 2.0
+_GATHER_STREAM_S: Final = 0.03
+_STREAM: Final = 32  # changes in one batch
 _RETRY_S: Final = (0.5, 30.0)
-
-
-class LogGap(Exception):
-    """Changes that the index has not seen are no longer in the log."""
-
-
-class _Closing(Exception):
-    """The index is being closed while it loads."""
+# Batches of the log that a search follows by itself before it does without the rest.
+_CATCH_UP: Final = 32
+# The words of what was deleted or changed are out of the index after this much time, and off the disk with the next
+# snapshot.
+_PURGE_S: Final = 3600.0
 
 
 def _ignore(_: object) -> None:
@@ -67,17 +65,23 @@ class SearchIndex:
         self._settings = settings
         self._folder = Path(f"{database_path}.index")
         self._connect = connect
-        self._on_missing, self._on_backfill, self._on_advance = on_missing, on_backfill, on_advance
+        self._on_backfill = on_backfill
         self._clock = clock
+        self.tokenizer = Tokenizer()
         self._lock = threading.Lock()
+        self._applying = threading.Lock()  # who holds it may change the view; taken before the other
         self._view: View | None = None
+        self._loaded = threading.Event()
+        self._news = News(on_missing, on_advance)
+        self._gather_s = _GATHER_S
+        self._purged_at_s = clock()
         self._model: tuple[str, int] | None = None
         self._state = "loading"
         self._wake = threading.Event()
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
         self._snapshot_at_s = clock()
-        self._wanted: deque[Future[bool]] = deque()  # who waits for a snapshot
+        self._saves = Saves()
 
     def __repr__(self) -> str:
         return f"<SearchIndex {self._state} seq={self.applied_seq} model={self._model}>"
@@ -97,6 +101,17 @@ class SearchIndex:
         view = self._view
         return view.seq if view else 0
 
+    @property
+    def view(self) -> View | None:
+        """The index, for its identity: what is in it is to be read within `reading`."""
+        return self._view
+
+    @property
+    def words_lacking(self) -> int:
+        """How many memories cannot be found by their words yet."""
+        view = self._view
+        return len(view.lacking) if view else 0
+
     def start(self) -> None:
         """Begin loading, in a thread of its own."""
         if self._thread is None:
@@ -108,21 +123,19 @@ class SearchIndex:
         self._wake.set()
 
     def save_soon(self) -> Future[bool]:
-        """Have the graph saved, once the index is loaded: False when there is none, or no change since the last time,
-        or it could not be saved, which the log tells."""
-        wanted: Future[bool] = Future()
-        self._wanted.append(wanted)
+        """Have graph and words saved, once the index is loaded: False when there is none, or no change since the last
+        time, or it could not be saved, which the log tells."""
+        wanted = self._saves.ask()
         self._wake.set()
         return wanted
 
     def close(self) -> None:
-        """Stop following; the graph is saved if it changed. Idempotent."""
+        """Stop following; graph and words are saved if they changed. Idempotent."""
         self._closing.set()
         self._wake.set()
         if self._thread is not None:
             self._thread.join()
-        while self._wanted:
-            self._wanted.popleft().cancel()
+        self._saves.cancel()
 
     def set_model(self, model_id: str, dimension: int) -> None:
         """The model whose vectors count from now on. Vectors of another one are dropped at once."""
@@ -132,8 +145,7 @@ class SearchIndex:
             self._model = (model_id, dimension)
             self._state = "loading"
             if self._view is not None:
-                self._view.vectors = None
-                self._view.columns.has_vector[:] = False
+                forget_vectors(self._view)
         self._wake.set()
 
     @contextmanager
@@ -142,15 +154,49 @@ class SearchIndex:
         with self._lock:
             yield self._view
 
+    def catch_up(self, conn: sqlite3.Connection) -> bool:
+        """Follow the log up to the state that the read transaction of `conn` sees, and whether that could be done."""
+        view, target = self._view, feed.last_seq(conn)
+        if view is None:
+            return False
+        try:
+            for _ in range(_CATCH_UP):
+                if view.seq >= target:
+                    break
+                with self._applying:
+                    if view.seq < target:
+                        self._follow(conn, view)
+                self._wake.set()
+        except LogGap:
+            self._wake.set()  # the thread finds it too, and loads anew
+        return view.seq >= target
+
+    def wait_loaded(self, timeout_s: float) -> bool:
+        """Wait until there is an index, if one is being loaded; whether there is."""
+        if self._thread is not None and self._state == "loading":
+            self._loaded.wait(timeout_s)
+        return self._loaded.is_set()
+
+    def rebuild_words(self) -> bool:
+        """Take all words from the texts again: `words_lacking` tells how many are to come. False: there is no index."""
+        with self._applying, self._lock:
+            if self._view is None:
+                return False
+            word_keeping.begin_anew(self._folder, self._view)
+        self._wake.set()
+        return True
+
+    def wrong_words(self, conn: sqlite3.Connection, texts: Sequence[feed.Text]) -> list[int]:
+        """Those of some rows, read from `conn` just now, whose words are not those of their texts. What the index is
+        still to take in is not wrong."""
+        self.catch_up(conn)
+        view = self._view
+        return [] if view is None or view.lacking else word_keeping.wrong(view, texts, self._lock)
+
     def has_vector(self, row_id: int, digest: bytes | None = None) -> bool:
         """Whether a row's content (of this digest, if given) has a vector of the model, as far as the index knows."""
         # Without the lock, which searches hold for milliseconds: a row that changes meanwhile may be told either way.
-        view = self._view
-        slot = view.columns.slot(row_id) if view else None
-        if view is None or slot is None:
-            return False
-        present = digest is None or view.columns.digests[slot].tobytes() == digest
-        return present and bool(view.columns.has_vector[slot])
+        return (view := self._view) is not None and has_vector(view, row_id, digest)
 
     def pending(self, namespace: str) -> int:
         """How many memories of the namespace, archived ones included, have no vector yet (0 while loading)."""
@@ -167,14 +213,14 @@ class SearchIndex:
                 delay_s = _RETRY_S[0]
             except LogGap as gap:
                 log.warning("search_index_gap", reason=str(gap))
-            except _Closing:
+            except loading.Closing:
                 break
             except Exception:  # a derived index that fails in any way is built anew; search goes on without it
-                reason = "the search index is built anew"
-                log.exception("search_index_failed", reason=reason, retry_in_s=delay_s)
+                log.exception("search_index_failed", action="the search index is built anew", retry_in_s=delay_s)
                 self._state = "failed"
                 with self._lock:
                     self._view = None
+                    self._loaded.clear()
                 self._closing.wait(delay_s)
                 delay_s = min(2 * delay_s, longest_s)
 
@@ -186,11 +232,14 @@ class SearchIndex:
             while not self._closing.is_set() and self._is_current(view):
                 self._wake.clear()
                 busy = self._apply(conn, view)
-                busy = self._grow(view) or busy
-                if self._wanted or self._clock() - self._snapshot_at_s >= self._settings.snapshot_s:
+                self._news.tell(view.seq)
+                busy = word_keeping.fill(conn, view, self._lock) or busy
+                busy = self._tidy(view) or busy
+                busy = (view.vectors is not None and view.vectors.improve(self._lock)) or busy
+                if self._saves or self._clock() - self._snapshot_at_s >= self._settings.snapshot_s:
                     self._save(view)
                 if not busy and self._wake.wait(_POLL_S):
-                    self._closing.wait(_GATHER_S)
+                    self._closing.wait(self._gather_s)
             if self._is_current(view):
                 self._save(view)
         finally:
@@ -201,81 +250,47 @@ class SearchIndex:
         return model == self._model
 
     def _load(self, conn: sqlite3.Connection) -> View:
-        started_s = self._clock()
-        model = self._model
-        with feed.snapshot(conn):
-            columns = Columns(self._settings.filterable_metadata)
-            vectors = VectorIndex(columns, model[1], self._settings) if model else None
-            model_id = model[0] if model else None
-            view = View(columns, vectors, model_id, feed.store_epoch(conn), feed.last_seq(conn))
-            progress_s = started_s
-            for batch in feed.read_all(conn, model_id, bool(self._settings.filterable_metadata)):
-                for entry in batch:
-                    put(view, entry)
-                if self._closing.is_set():
-                    raise _Closing
-                if self._clock() - progress_s >= _PROGRESS_S:
-                    progress_s = self._clock()
-                    log.info("search_index_loading", rows=len(columns))
-        graph_file.restore(self._folder, view, self._settings)
+        started_s, model = self._clock(), self._model
+        view = loading.read(conn, self._settings, self.tokenizer, model, self._closing.is_set)
+        loading.take_over(conn, view, self._view, self._applying, self._folder, self._settings)
         with self._lock:
             if self._model != model:
                 return view  # it came to be known meanwhile: the caller sees that, and loads anew
             self._view = view
+            self._loaded.set()
         self._state = "ready"
-        log.info("search_index_ready", rows=len(columns), seq=view.seq, seconds=round(self._clock() - started_s, 3))
-        if vectors is not None and (missing := columns.missing()):
+        taken_s = round(self._clock() - started_s, 3)
+        log.info("search_index_ready", rows=len(view.columns), seq=view.seq, seconds=taken_s)
+        if view.vectors is not None and (missing := view.columns.missing()):
             self._on_backfill(missing)
-        self._on_advance(view.seq)
+        self._news.tell(view.seq, anew=True)
         return view
 
     def _apply(self, conn: sqlite3.Connection, view: View) -> bool:
         """Follow the log by one batch; whether there was one. Raises LogGap."""
-        with feed.snapshot(conn):
-            changes = feed.read_log(conn, view.seq)
-            last = feed.last_seq(conn)
-            if changes[0][0] != view.seq + 1 if changes else last != view.seq:
-                raise LogGap(f"applied up to {view.seq}, the log goes on at {changes[0][0] if changes else last + 1}")
-            row_ids = list({row_id: None for _, row_id, _ in changes})
-            entries = feed.read_rows(conn, row_ids, view.model_id, bool(self._settings.filterable_metadata))
-        if not changes:
-            return False
-        with self._lock:
-            if not self._is_current(view):
-                return True  # another model was set meanwhile; all is about to be loaded anew
-            for row_id in row_ids:
-                entry = entries.get(row_id)
-                remove(view, row_id) if entry is None else put(view, entry)
-            view.seq = changes[-1][0]
-            fresh = {row_id for _, row_id, op in changes if op == "put" and row_id in entries}
-            missing = [row_id for row_id in row_ids if row_id in fresh and not has_vector(view, row_id)]
-        if missing and view.vectors is not None:
-            self._on_missing(missing)
-        self._on_advance(view.seq)
-        return True
+        with self._applying, feed.snapshot(conn):
+            return self._follow(conn, view)
 
-    def _grow(self, view: View) -> bool:
-        """Add some rows to the graph; whether there were any to add."""
-        vectors = view.vectors
-        if vectors is None or not vectors.wants_graph:
-            return False
-        for _ in range(_GRAPH_BATCHES):
-            slots, batch = vectors.unlinked(GRAPH_BATCH)
-            if len(slots) == 0:
-                return False
-            with vectors.graph_lock:
-                vectors.link(slots, batch)
-            with self._lock:
-                vectors.in_graph[slots] = True
-            if self._wake.is_set():
-                break
-        return True
+    def _follow(self, conn: sqlite3.Connection, view: View) -> bool:
+        count, missing = follow(conn, view, self._lock, bool(self._settings.filterable_metadata))
+        self._news.note(missing)
+        if count:
+            self._gather_s = _GATHER_S if count < _STREAM else _GATHER_STREAM_S
+        return count > 0
+
+    def _tidy(self, view: View) -> bool:
+        """Merge what is due of the words; whether there was anything."""
+        purge = self._clock() - self._purged_at_s >= _PURGE_S
+        busy = view.words.merge_step(self._lock, purge)
+        if purge:
+            self._purged_at_s = self._clock()
+            while view.words.merge_step(self._lock, purge) and not self._closing.is_set():
+                pass
+        return busy
 
     def _save(self, view: View) -> None:
         self._snapshot_at_s = self._clock()
-        waiting = len(self._wanted)
+        waiting = len(self._saves)
         saved = graph_file.save(self._folder, view, self._settings)
-        for _ in range(waiting):
-            wanted = self._wanted.popleft()
-            if wanted.set_running_or_notify_cancel():
-                wanted.set_result(saved)
+        saved = word_keeping.save(self._folder, view, self._lock) or saved
+        self._saves.answer(waiting, saved)

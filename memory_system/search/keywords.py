@@ -1,122 +1,238 @@
-"""The keyword side: which memories have the query's words, and how much of the query a text has."""
+"""The keyword side: which memories have the query's words, how often, and how much of the query a text has.
+
+Everything is by slot of the columns, and figures of terms are those of the query's namespace.
+"""
 
 from __future__ import annotations
 
-import math
-import re
-import sqlite3
-import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
-from memory_system.lifecycle_settings import LifecycleSettings
-from memory_system.search.scope import Scope
-from memory_system.search.tokens import Tokenizer, query_words
+import numpy as np
+import numpy.typing as npt
+
+from memory_system.search.columns import Ids, Mask
+from memory_system.search.notes import note
+from memory_system.search.postings import Postings
+from memory_system.search.segment import Floats, Segment, Spans, key_of
+from memory_system.search.tokens import Hashes, Tokenizer, query_words
+from memory_system.search.vectors import best
 
 # More words than this make a query slower, not better: the rarest stay.
 MAX_WORDS: Final = 64
-_COUNTS_AGE_S: Final = 10.0
-_COUNTS_KEPT: Final = 50_000
-_DEFAULT_TOKENIZE: Final = "unicode61"
+# BM25: S. Robertson, H. Zaragoza, The Probabilistic Relevance Framework, 2009; the constants are those of FTS5.
+K1: Final = 1.2
+B: Final = 0.75
+# So few texts are looked up one by one; of more, every text with one of the words is scored.
+_FEW: Final = 1024
+_TINY: Final = float(np.finfo(np.float32).tiny)
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """Texts as an index takes them in: the hashes of their terms, text after text, how many each has, and notes."""
+
+    hashes: Hashes
+    counts: npt.NDArray[np.int64]
+    notes: Hashes
+
+    def part(self, wanted: Mask) -> Words:
+        """Those of the texts."""
+        return Words(self.hashes[np.repeat(wanted, self.counts)], self.counts[wanted], self.notes[wanted])
 
 
 @dataclass(frozen=True, slots=True)
 class KeywordQuery:
-    """A prepared query: the words to look for, and each of their terms with its idf."""
+    """A prepared query, good for as long as the index is held still. Arrays have the length of `terms`; all figures are
+    of the query's namespace.
 
-    words: tuple[str, ...]
-    idf: dict[str, float]
+    `texts`: how many there are; `average_length`: of a text, in terms; `found_in`: how many texts have each term;
+    `idf`: ln(1 + (texts - found_in + 0.5) / (found_in + 0.5)); `places`: where the terms stand.
+    """
+
+    terms: tuple[str, ...]
+    keys: Hashes
+    texts: int
+    average_length: float
+    found_in: npt.NDArray[np.int64]
+    idf: Floats
+    places: Sequence[tuple[Segment, Spans]] = ()
+
+
+NO_QUERY: Final = KeywordQuery((), np.zeros(0, np.uint64), 0, 0.0, np.zeros(0, np.int64), np.zeros(0, np.float32))
 
 
 class KeywordIndex(Protocol):
-    """What a keyword side offers. Every call gets a connection whose read transaction is the search's."""
+    """What a keyword side offers. `analyse` is for any thread; the owner's lock is held around all else."""
 
-    def prepare(self, conn: sqlite3.Connection, text: str) -> KeywordQuery:
-        """Words and weights of a query text."""
+    def analyse(self, texts: Sequence[str]) -> Words:
+        """Texts as `add` takes them."""
 
-    def candidates(
-        self, conn: sqlite3.Connection, query: KeywordQuery, scope: Scope, k: int
-    ) -> list[tuple[int, float]]:
-        """Up to k (row_id, bm25 score > 0) in scope, best first, equal scores by row_id."""
+    def add(self, slots: Sequence[int], namespaces: Sequence[str], words: Words) -> None:
+        """Texts of slots that have none."""
 
-    def shares(self, query: KeywordQuery, texts: list[str]) -> list[float]:
-        """For each text, the share (0..1) of the query's idf whose terms occur in it."""
+    def remove(self, slot: int) -> None:
+        """Forget the text of a slot, if it has one."""
 
-    def close(self) -> None:
-        """Release what the index holds."""
+    def prepare(self, namespace: str, text: str) -> KeywordQuery:
+        """The terms of a query text, and how common they are in the namespace."""
+
+    def candidates(self, query: KeywordQuery, mask: Mask, row_ids: Ids, k: int) -> tuple[Ids, Floats]:
+        """Up to k slots with any of the terms that the mask allows, and their BM25, best first, equal ones by row."""
+
+    def frequencies(self, query: KeywordQuery, slots: Ids) -> Floats:
+        """How often each term stands in each slot's text: [terms, slots]; 0 for a slot without text, such as -1."""
+
+    def lengths(self, slots: Ids) -> Floats:
+        """The length of each slot's text in terms; 0 for a slot without text, such as -1."""
+
+    def notes(self, slots: Ids) -> Hashes:
+        """The notes of each slot's text; 0 for a slot without text, such as -1."""
+
+    def scope_counts(self, query: KeywordQuery, mask: Mask) -> npt.NDArray[np.int64]:
+        """How many of the texts that the mask allows have each term."""
 
 
-class FtsKeywordIndex:
-    """The keyword side on SQLite's FTS5: tables memory_fts and memory_terms. Safe to use from several threads."""
+def bm25(query: KeywordQuery, frequencies: Floats, lengths: Floats) -> Floats:
+    """BM25 of texts, from how often they have each term ([terms, texts]) and their lengths."""
+    norm = K1 * (1.0 - B + B * lengths / max(1.0, query.average_length))
+    score: Floats = (query.idf @ (frequencies * np.float32(K1 + 1.0) / (frequencies + norm))).astype(np.float32)
+    return score
 
-    def __init__(self, lifecycle: LifecycleSettings, clock: Callable[[], float] = time.monotonic) -> None:
-        self._lifecycle = lifecycle
-        self._clock = clock
-        self._lock = threading.Lock()
-        self._tokenizer: Tokenizer | None = None
-        self._counts: dict[str, int] = {}
-        self._texts = 0
-        self._counted_at_s = -math.inf
 
-    def close(self) -> None:
-        if self._tokenizer is not None:
-            self._tokenizer.close()
+def shares(query: KeywordQuery, frequencies: Floats) -> npt.NDArray[np.float64]:
+    """For each text, the share (0..1) of the query's idf whose terms occur in it."""
+    idf = query.idf.astype(np.float64)
+    found: npt.NDArray[np.float64] = idf @ (frequencies > 0)
+    return np.minimum(1.0, found / max(float(idf.sum()), _TINY))
 
-    def prepare(self, conn: sqlite3.Connection, text: str) -> KeywordQuery:
-        tokenizer = self._ensure_tokenizer(conn)
+
+class WordIndex:
+    """The keyword side in memory: FTS5's tokenizer and our own postings."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.postings = Postings()
+
+    def __repr__(self) -> str:
+        return f"<WordIndex {self.postings!r}>"
+
+    def analyse(self, texts: Sequence[str]) -> Words:
+        return Words(*self.tokenizer.hashes(texts), np.array([note(text) for text in texts], np.uint64))
+
+    def add(self, slots: Sequence[int], namespaces: Sequence[str], words: Words) -> None:
+        self.postings.add(slots, namespaces, words.hashes, words.counts, words.notes)
+
+    def remove(self, slot: int) -> None:
+        self.postings.remove(slot)
+
+    def disagreement(
+        self, slots: Sequence[int], namespaces: Sequence[str], words: Words
+    ) -> Callable[[], npt.NDArray[np.bool_]]:
+        """Finds out, without the lock, which of the slots had other words than these when it was called."""
+        return self.postings.disagreement(slots, namespaces, words.hashes, words.counts)
+
+    def merge_step(self, lock: AbstractContextManager[object], purge: bool = False) -> bool:
+        """Make one merge of segments that is due, if any; to be called without the lock."""
+        return self.postings.merge_step(lock, purge)
+
+    def prepare(self, namespace: str, text: str) -> KeywordQuery:
         words = query_words(text)
-        terms = dict(zip(words, tokenizer.terms(words), strict=True))
-        idf = self._idf(conn, {term for found in terms.values() for term in found})
-        if len(words) > MAX_WORDS:
-            words.sort(key=lambda word: (-max((idf[term] for term in terms[word]), default=0.0), word))
-            words = words[:MAX_WORDS]
-        kept = {term: idf[term] for word in words for term in terms[word]}
-        return KeywordQuery(tuple(word for word in words if terms[word]), kept)
+        known = self.tokenizer.terms(words)
+        terms = {term: key for word in words for term, key in zip(*known[word], strict=True)}
+        whole = self._query(namespace, terms)
+        if len(words) <= MAX_WORDS:
+            return whole
+        idf = dict(zip(whole.terms, whole.idf.tolist(), strict=True))
+        words.sort(key=lambda word: (-max((idf[term] for term in known[word].texts), default=0.0), word))
+        kept = {term for word in words[:MAX_WORDS] for term in known[word].texts}
+        return self._query(namespace, {term: key for term, key in terms.items() if term in kept})
 
-    def candidates(
-        self, conn: sqlite3.Connection, query: KeywordQuery, scope: Scope, k: int
-    ) -> list[tuple[int, float]]:
-        if not query.words or k <= 0:
-            return []
-        where, params = scope.where(self._lifecycle)
-        # CROSS JOIN fixes the order: the index of words first, then the rows it names.
-        sql = (
-            "SELECT m.row_id, -bm25(memory_fts) AS score FROM memory_fts CROSS JOIN memories AS m"
-            f" ON m.row_id = memory_fts.rowid WHERE memory_fts MATCH ? AND {where}"
-            " ORDER BY score DESC, m.row_id LIMIT ?"
-        )
-        match = " OR ".join(f'"{word}"' for word in query.words)  # a word has letters and digits only
-        return [(row_id, max(score, 0.0)) for row_id, score in conn.execute(sql, [match, *params, k])]
+    def _query(self, namespace: str, terms: dict[str, int]) -> KeywordQuery:
+        """`terms`: each with its hash."""
+        counts = self.postings.namespace(namespace)
+        keys = key_of(np.array(list(terms.values()), np.uint64), counts.hash)
+        found_in = np.zeros(len(terms), np.int64)
+        places = self.postings.find(keys)
+        for segment, spans in places:
+            for term, begin, end in spans:
+                found_in[term] += segment.count(begin, end)
+        idf = np.log1p((counts.texts - found_in + 0.5) / (found_in + 0.5)).astype(np.float32)
+        average = counts.terms / max(1, counts.texts)
+        return KeywordQuery(tuple(terms), keys, counts.texts, average, found_in, idf, places)
 
-    def shares(self, query: KeywordQuery, texts: list[str]) -> list[float]:
-        total = sum(query.idf.values())
-        if total <= 0.0 or self._tokenizer is None:
-            return [0.0] * len(texts)
-        found = self._tokenizer.text_terms(texts)
-        weights = (sum(weight for term, weight in query.idf.items() if term in terms) for terms in found)
-        return [min(1.0, weight / total) for weight in weights]
+    def candidates(self, query: KeywordQuery, mask: Mask, row_ids: Ids, k: int) -> tuple[Ids, Floats]:
+        if not query.terms or k <= 0:
+            return np.zeros(0, np.int64), np.zeros(0, np.float32)
+        if int(np.count_nonzero(mask)) <= _FEW:
+            slots = np.flatnonzero(mask)
+            scores = bm25(query, self.frequencies(query, slots), self.lengths(slots))
+            slots, scores = slots[scores > 0.0], scores[scores > 0.0]
+        else:
+            parts = [_best(segment, spans, query, mask, k) for segment, spans in query.places]
+            slots = np.concatenate([np.zeros(0, np.int64), *(slots for slots, _ in parts)])
+            scores = np.concatenate([np.zeros(0, np.float32), *(scores for _, scores in parts)])
+        order = best(scores, row_ids[slots], k)
+        return slots[order], scores[order]
 
-    def _ensure_tokenizer(self, conn: sqlite3.Connection) -> Tokenizer:
-        with self._lock:
-            if self._tokenizer is None:
-                row = conn.execute("SELECT sql FROM sqlite_master WHERE name = 'memory_fts'").fetchone()
-                option = re.search(r"tokenize\s*=\s*'([^']*)'", row[0])
-                self._tokenizer = Tokenizer(option[1] if option else _DEFAULT_TOKENIZE)
-            return self._tokenizer
+    def frequencies(self, query: KeywordQuery, slots: Ids) -> Floats:
+        different, places = np.unique(slots, return_inverse=True)
+        return self.postings.frequencies(query.places, len(query.terms), different)[:, places]
 
-    def _idf(self, conn: sqlite3.Connection, terms: set[str]) -> dict[str, float]:
-        """ln(1 + (N - n + ½) / (n + ½)), never negative; counts are up to 10 s old."""
-        with self._lock:
-            now_s = self._clock()
-            if now_s - self._counted_at_s > _COUNTS_AGE_S or len(self._counts) > _COUNTS_KEPT:
-                self._counts.clear()
-                (self._texts,) = conn.execute("SELECT count(*) FROM memory_fts_docsize").fetchone()
-                self._counted_at_s = now_s
-            for term in terms - self._counts.keys():
-                row = conn.execute("SELECT doc FROM memory_terms WHERE term = ?", (term,)).fetchone()
-                self._counts[term] = row[0] if row else 0
-            counts = {term: self._counts[term] for term in terms}
-            texts = max(self._texts, *counts.values(), 1) if counts else 1
-        return {term: math.log1p((texts - n + 0.5) / (n + 0.5)) for term, n in counts.items()}
+    def lengths(self, slots: Ids) -> Floats:
+        return _by_slot(self.postings.lengths, slots).astype(np.float32)
+
+    def notes(self, slots: Ids) -> Hashes:
+        return _by_slot(self.postings.notes, slots)
+
+    def scope_counts(self, query: KeywordQuery, mask: Mask) -> npt.NDArray[np.int64]:
+        counts = np.zeros(len(query.terms), np.int64)
+        for segment, spans in query.places:
+            allowed = _allowed(segment, mask)
+            for term, begin, end in spans:
+                counts[term] += np.count_nonzero(allowed.take(segment.docs[begin:end]))
+        return counts
+
+
+def _by_slot(values: npt.NDArray[Any], slots: Ids) -> npt.NDArray[Any]:
+    """The slots' values, 0 for those that have none."""
+    known = (slots >= 0) & (slots < len(values))
+    found: npt.NDArray[Any] = np.where(known, values[np.where(known, slots, 0)], values.dtype.type(0))
+    return found
+
+
+def _allowed(segment: Segment, mask: Mask) -> Mask:
+    """The mask by text of the segment."""
+    allowed: Mask = mask.take(segment.slots, mode="clip")
+    return allowed & (segment.slots >= 0) if segment.gone else allowed
+
+
+def _best(segment: Segment, spans: Spans, query: KeywordQuery, mask: Mask, k: int) -> tuple[Ids, Floats]:
+    """The slots of a segment whose score is among its k best, and the scores."""
+    base, slope = K1 * (1.0 - B), K1 * B / max(1.0, query.average_length)
+
+    def weigh(term: int, counts: Floats, lengths: npt.NDArray[np.int32]) -> Floats:
+        norm = lengths.astype(np.float32)
+        norm *= np.float32(slope)
+        norm += np.float32(base)
+        norm += counts
+        counts *= np.float32((K1 + 1.0) * float(query.idf[term]))
+        counts /= norm
+        return counts
+
+    scores = segment.scores(spans, weigh)
+    scores *= _allowed(segment, mask)
+    docs = np.flatnonzero(scores >= max(_floor(segment, spans, scores, k), _TINY))
+    return segment.slots[docs].astype(np.int64), scores[docs]
+
+
+def _floor(segment: Segment, spans: Spans, scores: Floats, k: int) -> float:
+    """A score that k texts reach, found without a look at all: among the texts of the rarest term that has so many."""
+    for _, begin, end in sorted(spans, key=lambda span: span[2] - span[1]):
+        if end - begin >= k:
+            reached = scores.take(segment.docs[begin:end])
+            floor: float = np.partition(reached, len(reached) - k)[len(reached) - k].item()
+            return floor
+    return 0.0

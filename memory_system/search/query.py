@@ -6,13 +6,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 from memory_system.filters import MATCH_ALL, Filter
+from memory_system.search.boosting import NO_BOOST, Boost
 from memory_system.search.scope import Scope
 from memory_system.search.vectors import Vectors
 
 
 @dataclass(frozen=True, slots=True)
 class SearchQuery:
-    """What to search for. `vector` is that of `text`, made by `vector_model`; `now_s` is epoch seconds."""
+    """What to search for. `vector` is that of `text`, made by `vector_model`; times are epoch seconds.
+
+    `since_s`, `until_s`: see Scope. `diversity`: 0 (order by score alone) to 1. `neighbours`: how many of the memories
+    on either side of a hit, below the same parent, are to be named.
+    """
 
     namespace: str
     text: str
@@ -27,15 +32,23 @@ class SearchQuery:
     min_score: float | None = None
     explain: bool = False
     exclude_row_id: int | None = None
+    since_s: float | None = None
+    until_s: float | None = None
+    boost: Boost = NO_BOOST
+    diversity: float = 0.0
+    neighbours: int = 0
 
     @property
     def scope(self) -> Scope:
-        return Scope(self.namespace, self.now_s, self.filter, self.include_archived)
+        return Scope(self.namespace, self.now_s, self.filter, self.include_archived, self.since_s, self.until_s)
 
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """`similarity`: cosine, None without a vector; `keyword`: share of the query's idf found, None in dense mode."""
+    """`similarity`: cosine, None without a vector; `keyword`: share of the query's idf found, None in dense mode.
+
+    `before`, `after`: the row ids of its neighbours, as they follow each other.
+    """
 
     row_id: int
     digest: bytes  # of the content that was judged
@@ -43,6 +56,8 @@ class Hit:
     similarity: float | None
     keyword: float | None
     parts: dict[str, float] | None = None
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,32 +1,89 @@
 """From candidates of two sides to one order. Pure functions on arrays.
 
-score = dense_weight * (cosine, scaled to 0..1 over the pool) + keyword_weight * (bm25 / best bm25 of the pool)
+score = keyword_weight * (BM25 of the window / the best of the pool)
+      + dense_weight * (cosine, scaled to 0..1 over the pool)
+      + parent_weight * (the best sum of these two below the same parent)
+      + date_weight * (how near it occurred to a date in the query)
+      + the turn: answer_weight after a question, - question_weight as a question, length_weight * its length
 
-Scores are fused, not ranks: on short texts the margin by which the keyword side prefers a hit is evidence, and
-ranks would throw it away. The score orders one result list and means nothing beyond it.
+The window of a memory is its text with those around it below the same parent, each counted by its weight: an answer is
+found by the words of the question before it. Scores are fused, not ranks: on short texts the margin by which the
+keyword side prefers a hit is evidence, and ranks would throw it away. A memory without a parent is its own window and
+its own best, and the terms of the turn are centred, so that they neither help it nor harm it. The score orders one
+result list and means nothing beyond it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
+from memory_system.ranking_settings import RankingSettings
+from memory_system.search.dates import Date, nearness
+
 Floats = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.int64]
+Flags = npt.NDArray[np.bool_]
+
+# The rows of `Surroundings.around`, from the second text before a memory to the second one after it.
+AROUND: Final = (-2, -1, 0, 1, 2)
+_BEFORE, _SELF = AROUND.index(-1), AROUND.index(0)
+_NOTHING: Final[Mapping[str, Floats]] = {}
+# Longer turns say no more about the same thing.
+_LONG_TERMS: Final = 80.0
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What is known of n memories and of the texts around them.
+
+    There are m texts, the last of which stands for none and has no words. `around`: [5, n], for each memory the
+    numbers of the texts of AROUND; `frequencies`: [terms, m]; `lengths`: [m], in terms; `asks`: [m], whether it ends
+    with a question; `parents`: [n], -1 for none; `occurred_at`: [n], epoch seconds, NaN where it is not known.
+    """
+
+    around: Ids
+    frequencies: npt.NDArray[np.float32]
+    lengths: npt.NDArray[np.float32]
+    asks: Flags
+    parents: Ids
+    occurred_at: Floats
+    idf: npt.NDArray[np.float32]
+    average_length: float
+    dates: tuple[Date, ...] = ()
+
+    def own(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """The frequencies ([terms, n]) and lengths of the memories' own texts."""
+        texts = self.around[_SELF]
+        return self.frequencies[:, texts], self.lengths[texts]
+
+    def of(self, chosen: Flags) -> Surroundings:
+        """That of some of the memories."""
+        parents, occurred_at = self.parents[chosen], self.occurred_at[chosen]
+        return replace(self, around=self.around[:, chosen], parents=parents, occurred_at=occurred_at)
 
 
 @dataclass(frozen=True, slots=True)
 class Ranked:
-    """The pool, best first. All arrays have the pool's length; `similarity` is NaN for a row without a vector."""
+    """The pool, best first. All arrays have the pool's length; `similarity` is NaN for a row without a vector.
+
+    `parts`: what `explain` shows, by name; those of them that are weighted are as they entered the sum.
+    """
 
     row_ids: Ids
     score: Floats
     similarity: Floats
     bm25: Floats
-    dense_part: Floats
-    keyword_part: Floats
+    parts: dict[str, Floats] = field(default_factory=dict)
+
+    def of(self, places: Ids) -> Ranked:
+        """Those at the places, in their order."""
+        parts = {name: part[places] for name, part in self.parts.items()}
+        return Ranked(self.row_ids[places], self.score[places], self.similarity[places], self.bm25[places], parts)
 
 
 def scaled(similarity: Floats) -> Floats:
@@ -46,23 +103,97 @@ def relative(bm25: Floats) -> Floats:
 
 
 def rank(
-    mode: str, row_ids: Ids, similarity: Floats, bm25: Floats, *, dense_weight: float, keyword_weight: float
+    mode: str,
+    row_ids: Ids,
+    similarity: Floats,
+    bm25: Floats,
+    settings: RankingSettings,
+    surroundings: Surroundings | None = None,
+    boosts: Mapping[str, Floats] = _NOTHING,
 ) -> Ranked:
-    """Order a pool by its mode's score (hybrid | dense | keyword), equal scores by row id."""
+    """Order a pool by its mode's score (hybrid | dense | keyword), equal scores by row id.
+
+    `bm25` is of each text alone. Without `surroundings` every memory stands for itself. `boosts`: what the caller has
+    added to each score, by name and weighted.
+    """
     dense, keyword = scaled(similarity), relative(bm25)
+    parts = {"dense": dense, "keyword": keyword, "bm25": bm25}
     if mode == "dense":
         score = np.where(np.isnan(similarity), -1.0, similarity)
     elif mode == "keyword":
         score = keyword
+    elif surroundings is None:
+        score = settings.dense_weight * dense + settings.keyword_weight * keyword
     else:
-        score = dense_weight * dense + keyword_weight * keyword
+        parts["keyword"] = keyword = relative(window_bm25(surroundings, settings))
+        score = settings.dense_weight * dense + settings.keyword_weight * keyword
+        added = _added(score, surroundings, settings)
+        parts |= added
+        score = np.sum([score, *added.values()], axis=0)
+    score = np.sum([score, *boosts.values()], axis=0)
+    parts |= boosts
     order = np.lexsort((row_ids, -score))
-    return Ranked(row_ids[order], score[order], similarity[order], bm25[order], dense[order], keyword[order])
+    chosen = {name: part[order] for name, part in parts.items()}
+    return Ranked(row_ids[order], score[order], similarity[order], bm25[order], chosen)
 
 
-def passes(mode: str, similarity: float | None, keyword: float | None, min_score: float | None) -> bool:
-    """Whether a result's absolute figures reach the floor: those of its mode, and in hybrid either of them."""
-    if min_score is None:
-        return True
-    figures = {"dense": (similarity,), "keyword": (keyword,)}.get(mode, (similarity, keyword))
-    return any(figure is not None and figure >= min_score for figure in figures)
+def _added(evidence: Floats, near: Surroundings, settings: RankingSettings) -> dict[str, Floats]:
+    return {
+        "parent": settings.parent_weight * best_below(near.parents, evidence),
+        "date": settings.date_weight * nearness(near.dates, near.occurred_at),
+        "turn": turn(near, settings),
+    }
+
+
+def window_bm25(near: Surroundings, settings: RankingSettings) -> Floats:
+    """BM25 of each memory's window: frequencies and lengths are sums over its texts, each by its weight, before they
+    saturate (as over the fields of a text in S. Robertson et al., Simple BM25 Extension to Multiple Weighted Fields,
+    2004)."""
+    weights = _weights(settings)
+    total = sum(weights)
+    frequencies = np.zeros((len(near.idf), near.around.shape[1]))
+    lengths = np.zeros(near.around.shape[1])
+    for texts, weight in zip(near.around, weights, strict=True):
+        frequencies += weight * near.frequencies[:, texts]
+        lengths += weight * near.lengths[texts]
+    b = settings.length_norm
+    norm = settings.saturation * total * (1.0 - b + b * lengths / (max(1.0, near.average_length) * total))
+    score: Floats = near.idf @ (frequencies / np.maximum(frequencies + norm, np.finfo(np.float32).tiny))
+    return score
+
+
+def _weights(settings: RankingSettings) -> tuple[float, ...]:
+    """Those of the texts of AROUND."""
+    before, after = settings.window_before, settings.window_after
+    return before, before, 1.0, after, after
+
+
+def best_below(parents: Ids, evidence: Floats) -> Floats:
+    """For each memory the best evidence below its parent; its own without a parent."""
+    best = evidence.copy()
+    below = np.flatnonzero(parents >= 0)
+    _, families = np.unique(parents[below], return_inverse=True)
+    if len(below):
+        top = np.full(int(families.max()) + 1, -np.inf)
+        np.maximum.at(top, families, evidence[below])
+        best[below] = top[families]
+    return best
+
+
+def turn(near: Surroundings, settings: RankingSettings) -> Floats:
+    """What speaks for a turn of a conversation whatever is asked, centred over the turns of the pool; 0 elsewhere."""
+    nothing = len(near.lengths) - 1
+    beside = (near.around != nothing) & (np.array(AROUND) != 0)[:, None]
+    turns = beside.any(axis=0)
+    part = np.zeros(len(turns))
+    part += settings.answer_weight * near.asks[near.around[_BEFORE]]
+    part -= settings.question_weight * near.asks[near.around[_SELF]]
+    part += settings.length_weight * np.sqrt(np.minimum(near.lengths[near.around[_SELF]], _LONG_TERMS) / _LONG_TERMS)
+    return np.where(turns, part - part[turns].mean(), 0.0) if turns.any() else np.zeros(len(turns))
+
+
+def reaches(mode: str, similarity: Floats, keyword: Floats, min_score: float) -> Flags:
+    """Which results' absolute figures (NaN: none) reach the floor: those of its mode, and in hybrid either of them."""
+    near: Flags = similarity >= min_score
+    said: Flags = keyword >= min_score
+    return {"dense": near, "keyword": said}.get(mode, near | said)

@@ -1,7 +1,7 @@
-"""Words of a query or a text as the full-text index's own tokenizer sees them.
+"""Words of a query or a text as terms: folded and stemmed.
 
-The tokenizer is asked itself, through a private FTS5 table in memory, so that there is no second implementation of
-its folding and stemming. Answers are kept per word.
+SQLite's own tokenizers do it (Unicode folding, Porter stems), asked through a private FTS5 table in memory. Answers
+are kept per word, so that a text costs little more than looking its words up.
 """
 
 from __future__ import annotations
@@ -10,13 +10,23 @@ import re
 import sqlite3
 import threading
 import unicodedata
-from typing import Final
+from collections.abc import Iterable, Sequence
+from hashlib import blake2b
+from itertools import chain
+from typing import Final, NamedTuple
 
-# The tokenizer's separators among ASCII; what else separates is left to the tokenizer itself.
-_RUN = re.compile(r"[0-9A-Za-z\u0080-\U0010ffff]+")
+import numpy as np
+import numpy.typing as npt
+
+TOKENIZE: Final = "porter unicode61 remove_diacritics 2"
+
+Hashes = npt.NDArray[np.uint64]
+
+# What lies between separators of ASCII; what else separates is left to the tokenizer itself.
+RUN = re.compile(r"[0-9A-Za-z\u0080-\U0010ffff]+")
 _WORD = re.compile(r"[^\W_]+")
 _GENERATION: Final = 50_000
-# FTS5 tokens of a longer run are never what a query asks for, and would fill the cache.
+# The terms of a longer run are never what a query asks for, and would fill the cache.
 _MAX_RUN_CHARS: Final = 256
 
 _STOP_WORDS: Final = """
@@ -37,40 +47,62 @@ def query_words(text: str) -> list[str]:
     return [word for word in words if word.lower() not in STOP_WORDS] or words
 
 
+def term_hash(term: str) -> int:
+    """What stands for a term in the index: 64 bits of its BLAKE2b digest. No word can be read there."""
+    return int.from_bytes(blake2b(term.encode(), digest_size=8).digest(), "little")
+
+
+class Terms(NamedTuple):
+    """The terms of one run of letters and digits, mostly one, and what stands for each in the index."""
+
+    texts: tuple[str, ...]
+    hashes: tuple[int, ...]
+
+
 class Tokenizer:
     """Terms of words and texts. Safe to use from several threads."""
 
-    def __init__(self, tokenize: str) -> None:
-        """`tokenize`: the tokenize option of the full-text table, such as `porter unicode61`."""
+    def __init__(self, tokenize: str = TOKENIZE) -> None:
+        """`tokenize`: FTS5's tokenize option, such as `porter unicode61`."""
         self._lock = threading.Lock()
         self._probe = sqlite3.connect(":memory:", check_same_thread=False, isolation_level=None)
         option = tokenize.replace("'", "''")
         self._probe.execute(f"CREATE VIRTUAL TABLE probe USING fts5 (word, content = '', tokenize = '{option}')")
         self._probe.execute("CREATE VIRTUAL TABLE probe_terms USING fts5vocab ('probe', 'instance')")
+        self.identity = f"{tokenize}, SQLite {sqlite3.sqlite_version}"
         # Two generations: a word that was used since the last turn-over survives the next one.
-        self._young: dict[str, tuple[str, ...]] = {}
-        self._old: dict[str, tuple[str, ...]] = {}
+        self._young: dict[str, Terms] = {}
+        self._old: dict[str, Terms] = {}
 
     def close(self) -> None:
         with self._lock:
             self._probe.close()
 
-    def text_terms(self, texts: list[str]) -> list[set[str]]:
-        """The distinct terms of each text."""
-        runs = [set(_RUN.findall(text)) for text in texts]
-        with self._lock:
-            known = self._lookup({run for some in runs for run in some})
-        return [{term for run in some for term in known[run]} for some in runs]
-
-    def terms(self, words: list[str]) -> list[tuple[str, ...]]:
+    def terms(self, words: Iterable[str]) -> dict[str, Terms]:
         """The terms of each word."""
         with self._lock:
-            known = self._lookup(set(words))
-        return [known[word] for word in words]
+            return self._lookup(set(words))
 
-    def _lookup(self, words: set[str]) -> dict[str, tuple[str, ...]]:
+    def hashes(self, texts: Sequence[str]) -> tuple[Hashes, npt.NDArray[np.int64]]:
+        """What stands for the terms of all texts, one text after the other, and how many each has."""
+        runs = [RUN.findall(text) for text in texts]
+        known = self.terms(chain.from_iterable(runs))
+        # By numbers of words, so that no Python runs for each word.
+        number = {run: at for at, run in enumerate(known)}
+        each = np.array(list(map(number.__getitem__, chain.from_iterable(runs))), np.int64)
+        sizes = np.array([len(terms.hashes) for terms in known.values()], np.int64)
+        begins = np.cumsum(sizes) - sizes
+        hashes = np.array([one for terms in known.values() for one in terms.hashes], np.uint64)
+        ends = np.concatenate([[0], np.cumsum(sizes[each])])
+        at = np.repeat(begins[each] - ends[:-1], sizes[each]) + np.arange(ends[-1])
+        of_text = np.cumsum([0, *map(len, runs)])
+        return hashes[at], np.diff(ends[of_text])
+
+    def _lookup(self, words: set[str]) -> dict[str, Terms]:
         known = {word: terms for word in words if (terms := self._young.get(word)) is not None}
         unknown = words - known.keys()
+        if not unknown:
+            return known
         if len(self._young) + len(unknown) > _GENERATION:
             self._old, self._young = self._young, {}
         learnt = {word: self._old[word] for word in unknown if word in self._old}
@@ -78,14 +110,17 @@ class Tokenizer:
         self._young.update((word, terms) for word, terms in learnt.items() if len(word) <= _MAX_RUN_CHARS)
         return known | learnt
 
-    def _ask(self, words: list[str]) -> dict[str, tuple[str, ...]]:
+    def _ask(self, words: list[str]) -> dict[str, Terms]:
         if not words:
             return {}
         self._probe.execute("BEGIN")
         self._probe.execute("INSERT INTO probe (probe) VALUES ('delete-all')")
         self._probe.executemany("INSERT INTO probe (rowid, word) VALUES (?, ?)", enumerate(words))
-        terms: dict[int, list[str]] = {}
+        found: dict[int, list[str]] = {}
         for row, term in self._probe.execute("SELECT doc, term FROM probe_terms"):
-            terms.setdefault(row, []).append(term)
+            found.setdefault(row, []).append(term)
         self._probe.execute("COMMIT")
-        return {word: tuple(terms.get(row, ())) for row, word in enumerate(words)}
+        texts = (tuple(found.get(row, ())) for row in range(len(words)))
+        return {
+            word: Terms(some, tuple(term_hash(term) for term in some)) for word, some in zip(words, texts, strict=True)
+        }

@@ -1,44 +1,42 @@
-"""The vector side: a matrix of unit vectors by slot, and an hnswlib graph over it once it is large.
+"""The vector side: unit vectors by slot, and three ways to the nearest ones among those that a mask allows.
 
-An exact scan answers whenever the vectors are few, the allowed set is small or selective, or the graph is busy with
-additions. Rows that the graph does not hold yet are scanned and merged, so an unfinished graph loses nothing.
+- Few are compared one by one (`search.exact_max`).
+- More are compared by their short forms, and exactly where these leave it open (sketch.py). Nothing has to be built
+  for that, and a filter only makes it faster.
+- Very many, hardly filtered, are looked up in a graph (`search.graph_from`) once it is built. Rows that it does not
+  hold yet are compared by their short forms, so an unfinished graph loses nothing.
 """
 
 from __future__ import annotations
 
-import threading
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
+from memory_system.search.blocks import Blocks
 from memory_system.search.columns import Columns, Ids, Mask
+from memory_system.search.graph import Graph
+from memory_system.search.sketch import NEAREST, SAMPLE, Sketch, fit, shorten
 from memory_system.settings import SearchSettings
 
 Vectors = npt.NDArray[np.float32]
+Found = tuple[Ids, npt.NDArray[np.float32]]
+"""Slots, and their cosines"""
 
+# Below this share of the slots, rows are read one by one; above, reading all in order is faster.
+_DENSE_SHARE: Final = 0.25
+# The axes are found anew when there are so many times as many vectors.
+_REFIT: Final = 4
+# So many times the wanted number are looked at exactly to learn how near the nearest are.
+_FIRST: Final = 4
+_THRESHOLD_SAMPLE: Final = 8192
 # Below this share of allowed rows a graph would mostly return rows that are to be dropped.
-GRAPH_MIN_SHARE: Final = 0.1
-# Additions between two chances for a search: about 10 ms.
-GRAPH_BATCH: Final = 16
-_GRAPH_WAIT_S: Final = 0.003
-_START: Final = 1024
-
-
-def new_graph(settings: SearchSettings, dimension: int, capacity: int) -> Any:
-    """An empty hnswlib index for inner products of unit vectors."""
-    graph = empty_graph(dimension)
-    graph.init_index(capacity, M=settings.hnsw_m, ef_construction=settings.hnsw_ef_construction, random_seed=100)
-    return graph
-
-
-def empty_graph(dimension: int) -> Any:
-    """An hnswlib index that is neither initialised nor loaded."""
-    import hnswlib  # here, because it is slow to import and small stores never need it
-
-    graph = hnswlib.Index(space="ip", dim=dimension)
-    graph.set_num_threads(1)
-    return graph
+_GRAPH_MIN_SHARE: Final = 0.5
+# As long as a graph lacks more of them than this, comparing them all takes no longer.
+_REST_SHARE: Final = 0.3
 
 
 def unit(vector: npt.ArrayLike) -> Vectors | None:
@@ -59,174 +57,200 @@ def best(scores: npt.NDArray[Any], row_ids: Ids, k: int) -> Ids:
     return order
 
 
+def highest(scores: npt.NDArray[np.float32], count: int) -> Ids:
+    """Positions of at least `count` of the highest scores, in order; fewer only if there are no more than that.
+
+    A threshold is guessed from a sample, because sorting out a million scores takes longer than computing them.
+    """
+    step = len(scores) // _THRESHOLD_SAMPLE
+    if step >= 2 and count * 64 < len(scores):
+        sample = scores[::step]
+        rank = min(len(sample) - 1, int(1.3 * count * len(sample) / len(scores)) + 8)
+        threshold = np.partition(sample, len(sample) - 1 - rank)[len(sample) - 1 - rank]
+        found = np.flatnonzero(scores >= threshold)
+        if count <= len(found) <= 8 * count + 1024:
+            return found
+    if count >= len(scores):
+        return np.arange(len(scores))
+    return np.sort(np.argpartition(scores, len(scores) - count)[len(scores) - count :])
+
+
+def _range(mask: Mask) -> tuple[int, int]:
+    """From the first to behind the last that is true, of which there is one."""
+    return int(mask.argmax()), len(mask) - int(mask[::-1].argmax())
+
+
 class VectorIndex:
-    """Vectors of one model. The owner's lock guards everything but the graph, which has a lock of its own."""
+    """Vectors of one model. The owner's lock guards everything but what `Graph` says of itself."""
 
     def __init__(self, columns: Columns, dimension: int, settings: SearchSettings) -> None:
         self.dimension = dimension
+        self.graph = Graph(settings)
         self._columns = columns
         self._settings = settings
-        self._matrix: Vectors = np.zeros((_START, dimension), np.float32)
-        self.in_graph: Mask = np.zeros(_START, np.bool_)
-        self.graph: Any = None
-        self.graph_lock = threading.Lock()
-        self._dead = 0
-        self.graph_changes = 0
+        self._matrix = Blocks(dimension)
+        self._sketch: Sketch | None = None
+        self._fitted_at = 0  # how many vectors there were
+        self._count = 0
+        self._meanwhile: set[int] | None = None  # slots written while a sketch is made
 
     def __repr__(self) -> str:
-        state = "no graph" if self.graph is None else f"graph of {int(self.in_graph.sum())}"
-        return f"<VectorIndex vectors={self.count} dimension={self.dimension} {state}>"
+        return f"<VectorIndex vectors={self.count} dimension={self.dimension} {self._sketch!r} {self.graph!r}>"
 
     @property
     def count(self) -> int:
         """How many rows have a vector."""
-        return int(np.count_nonzero(self._columns.has_vector[: self._columns.top]))
+        return self._count
 
     @property
-    def wants_graph(self) -> bool:
-        return self.count > self._settings.exact_max
+    def improving(self) -> bool:
+        """Whether searches would be faster with short forms that are still to be made, or are being made."""
+        due = self._count > self._settings.exact_max and self._count >= _REFIT * self._fitted_at
+        return due or self._meanwhile is not None
 
-    def put(self, slot: int, vector: npt.NDArray[np.float32]) -> bool:
+    def put(self, slot: int, vector: Vectors) -> bool:
         """Store a slot's vector; False if it is no vector of this index (then the slot has none)."""
         ready = unit(vector) if vector.shape == (self.dimension,) else None
         if ready is None:
-            self.drop(slot, int(self._columns.row_ids[slot]))
+            self.drop(slot)
             return False
-        self._reserve(slot)
-        if self._columns.has_vector[slot] and np.array_equal(self._matrix[slot], ready):
+        if self._columns.has_vector[slot] and np.array_equal(self._matrix.row(slot), ready):
             return True
-        self._unlink(slot, int(self._columns.row_ids[slot]))
-        self._matrix[slot] = ready
-        self._columns.has_vector[slot] = True
+        self.graph.remove(slot)
+        self._matrix.put(slot, ready)
+        if self._sketch is not None:
+            self._sketch.put(slot, ready)
+        if self._meanwhile is not None:
+            self._meanwhile.add(slot)
+        self._set(slot, True)
         return True
 
-    def drop(self, slot: int, row_id: int) -> None:
+    def extend(self, slots: Ids, blobs: Sequence[bytes | None]) -> None:
+        """Store the vectors (float32, little-endian) of many ascending slots that have none; None or one of another
+        length is no vector."""
+        wanted = 4 * self.dimension
+        held = np.array([blob is not None and len(blob) == wanted for blob in blobs], np.bool_)
+        rows = np.frombuffer(b"".join(blob for blob in blobs if blob is not None and len(blob) == wanted), "<f4")
+        rows = rows.reshape(-1, self.dimension)
+        norms = np.sqrt(np.einsum("ij,ij->i", rows, rows))
+        sound = np.isfinite(norms) & (norms > 0.0)
+        kept = slots[held][sound]
+        self._matrix.put_each(kept, rows[sound] / norms[sound, None])
+        self._columns.has_vector[kept] = True  # counted by the columns' `settle`
+        self._count += len(kept)
+
+    def drop(self, slot: int) -> None:
         """Take away a slot's vector. To be called before the slot is given to another row."""
-        self._unlink(slot, row_id)
-        self._columns.has_vector[slot] = False
+        self.graph.remove(slot)
+        self._set(slot, False)
 
     def vector(self, slot: int) -> Vectors | None:
-        return self._matrix[slot].copy() if self._columns.has_vector[slot] else None
+        return self._matrix.row(slot).copy() if self._columns.has_vector[slot] else None
 
     def similarities(self, query: Vectors, slots: Ids) -> npt.NDArray[np.float32]:
-        """Cosines of the query with the vectors of `slots`, NaN where there is none."""
+        """Cosines of the query with the vectors of ascending `slots`, NaN where there is none."""
         found = np.full(len(slots), np.nan, np.float32)
         held = self._columns.has_vector[slots]
-        found[held] = self._matrix[slots[held]] @ query
+        found[held] = self._matrix.products_of(query, slots[held])
         return found
 
-    def search(self, query: Vectors, mask: Mask, k: int) -> tuple[Ids, npt.NDArray[np.float32]]:
+    # ---- search ----
+
+    def search(self, query: Vectors, mask: Mask, k: int) -> Found:
         """Slots and cosines of the k allowed vectors nearest to the unit vector `query`, best first."""
         allowed = mask & self._columns.has_vector[: len(mask)]
         count = int(np.count_nonzero(allowed))
         if count == 0 or k <= 0:
             return np.zeros(0, np.int64), np.zeros(0, np.float32)
-        slots = None
-        if self.graph is not None and count > max(self._settings.exact_max, GRAPH_MIN_SHARE * self.count):
-            slots = self._by_graph(query, allowed, k)
-        if slots is None:
-            return self._scan(query, allowed, count, k)
-        scores = self._matrix[slots] @ query
-        order = best(scores, self._columns.row_ids[slots], k)
-        return slots[order], scores[order]
+        if count <= max(self._settings.exact_max, 2 * _FIRST * max(k, NEAREST)):
+            return self._by_each(query, allowed, k)
+        by_graph = count >= max(_GRAPH_MIN_SHARE * self._count, self._settings.graph_from)
+        found = self._by_graph(query, allowed, count, k) if by_graph else None
+        return self._by_sketch(query, allowed, count, k) if found is None else found
 
-    def _scan(self, query: Vectors, allowed: Mask, count: int, k: int) -> tuple[Ids, npt.NDArray[np.float32]]:
+    def nearest(self, query: Vectors, mask: Mask, k: int) -> Found:
+        """What `search` finds if it compares every allowed vector."""
+        return self._by_each(query, mask & self._columns.has_vector[: len(mask)], k)
+
+    def _by_each(self, query: Vectors, allowed: Mask, k: int) -> Found:
         slots = np.flatnonzero(allowed)
-        # Copying rows together costs more than multiplying some for nothing.
-        dense = count * 3 > len(allowed)
-        scores = (self._matrix[: len(allowed)] @ query)[slots] if dense else self._matrix[slots] @ query
+        return self._best(slots, self._products(query, slots, len(allowed)), k)
+
+    def _best(self, slots: Ids, scores: npt.NDArray[np.float32], k: int) -> Found:
         order = best(scores, self._columns.row_ids[slots], k)
         return slots[order], scores[order]
 
-    def _by_graph(self, query: Vectors, allowed: Mask, k: int) -> Ids | None:
-        """Candidate slots: the graph's and all that are not in it; None when the exact scan has to answer."""
-        linked = allowed & self._linked(len(allowed))
-        reachable = int(np.count_nonzero(linked))
-        rest = np.flatnonzero(allowed & ~linked)
-        if reachable < len(rest) or not self.graph_lock.acquire(timeout=_GRAPH_WAIT_S):
+    def _products(self, query: Vectors, slots: Ids, top: int) -> npt.NDArray[np.float32]:
+        if len(slots) > _DENSE_SHARE * top:
+            return self._matrix.products(query, 0, top)[slots]
+        return self._matrix.products_of(query, slots)
+
+    def _by_sketch(self, query: Vectors, allowed: Mask, count: int, k: int) -> Found:
+        if self._sketch is None:
+            return self._by_each(query, allowed, k)
+        short = shorten(self._sketch.axes, query)
+        first, end = _range(allowed)
+        slots = None
+        if count > _DENSE_SHARE * (end - first):
+            about = self._sketch.products(short, first, end)
+            if count < end - first:
+                about[~allowed[first:end]] = -np.inf
+        else:
+            slots = np.flatnonzero(allowed)
+            about = self._sketch.products_of(short, slots)
+
+        def those(places: Ids) -> Ids:
+            return places + first if slots is None else slots[places]
+
+        wanted = max(k, NEAREST)
+        places = highest(about, _FIRST * wanted)
+        scores = self._matrix.products_of(query, those(places))
+        least = float(np.partition(scores, max(0, len(scores) - wanted))[max(0, len(scores) - wanted)])
+        chosen = those(np.flatnonzero(about >= min(least - short.margin, float(about[places].min()))))
+        return self._best(chosen, self._matrix.products_of(query, chosen), k)
+
+    def _by_graph(self, query: Vectors, allowed: Mask, count: int, k: int) -> Found | None:
+        """None when the graph cannot answer for most of the rows."""
+        held = allowed & self.graph.held(len(allowed))
+        reachable = int(np.count_nonzero(held))
+        if count - reachable > _REST_SHARE * count:
             return None
-        try:
-            labels = self._ask_graph(query, k, reachable)
-        finally:
-            self.graph_lock.release()
-        if labels is None:
-            return None
-        slots = self._columns.slots(labels)
-        slots = slots[slots < len(linked)]
-        slots = slots[linked[slots]]
-        return np.concatenate([slots, rest]) if len(slots) >= min(k, reachable) else None
+        slots = self.graph.search(query, k * self.graph.count / max(1, reachable))
+        slots = np.sort(slots[held[slots]])
+        cosines = self._matrix.products_of(query, slots)
+        if count == reachable:
+            return self._best(slots, cosines, k)
+        rest = self._by_sketch(query, allowed & ~held, count - reachable, k)
+        return self._best(np.concatenate([slots, rest[0]]), np.concatenate([cosines, rest[1]]), k)
 
-    def _ask_graph(self, query: Vectors, k: int, reachable: int) -> list[int] | None:
-        if self.graph is None:
-            return None
-        total = int(np.count_nonzero(self.in_graph))
-        ask = min(total, int(1.2 * k * total / max(1, reachable)) + 10)
-        self.graph.set_ef(max(self._settings.hnsw_ef, ask))
-        try:
-            labels, _ = self.graph.knn_query(query, k=ask, num_threads=1)
-        except RuntimeError:  # fewer than `ask` could be reached
-            return None
-        found: list[int] = labels[0].tolist()
-        return found
+    # ---- what makes searches faster, made aside ----
 
-    def _linked(self, length: int) -> Mask:
-        linked = np.zeros(length, np.bool_)
-        known = min(length, len(self.in_graph))
-        linked[:known] = self.in_graph[:known]
-        return linked
+    def improve(self, lock: AbstractContextManager[object]) -> bool:
+        """Make one step towards faster searches; whether there was one to make. Called without the owner's `lock`."""
+        if self._count > self._settings.exact_max and self._count >= _REFIT * self._fitted_at:
+            self.fit(lock)
+            return True
+        if self._count < max(self._settings.graph_from, self._settings.exact_max):
+            return False
+        axes = None if self._sketch is None else self._sketch.axes.longer
+        return self.graph.grow(lock, self._columns, self._matrix, axes)
 
-    def unlinked(self, limit: int) -> tuple[Ids, Vectors]:
-        """Slots and vectors of up to `limit` rows that the graph lacks."""
-        top = self._columns.top
-        slots = np.flatnonzero(self._columns.has_vector[:top] & ~self._linked(top))[:limit]
-        return slots, self._matrix[slots]
+    def fit(self, lock: AbstractContextManager[object]) -> None:
+        """Find the axes of the vectors as they are now, and shorten them all."""
+        with lock:
+            slots, top = np.flatnonzero(self._columns.has_vector), self._columns.top
+            self._fitted_at = max(1, len(slots))
+            self._meanwhile = set()
+        sample = slots[slots < top][:: max(1, len(slots) // SAMPLE)]
+        axes = fit(self._matrix.rows(sample))
+        sketch = None if axes is None else Sketch(axes)
+        if sketch is not None:
+            sketch.put_each(slots, self._matrix)
+        with lock:
+            if sketch is not None and self._meanwhile:
+                sketch.put_each(np.array(sorted(self._meanwhile), np.int64), self._matrix)
+            self._sketch, self._meanwhile = sketch, None
 
-    def link(self, slots: Ids, vectors: Vectors) -> None:
-        """Add vectors to the graph. Takes milliseconds and needs only the graph's lock; `in_graph` is set later."""
-        if self.graph is None:
-            self.graph = new_graph(self._settings, self.dimension, max(_START, 2 * self.count))
-        needed = self.graph.get_current_count() + len(slots)
-        if needed > self.graph.get_max_elements():
-            self.graph.resize_index(2 * needed)
-        self.graph.add_items(vectors, self._columns.row_ids[slots], num_threads=1)
-        self.graph_changes += len(slots)
-
-    def adopt_graph(self, graph: Any, live_slots: Ids, dead_row_ids: list[int]) -> None:
-        """Take over a loaded graph: `live_slots` are right in it, `dead_row_ids` are to be removed from it."""
-        self.graph = graph
-        self.in_graph[live_slots] = True
-        for row_id in dead_row_ids:
-            self._bury(row_id)
-        self.graph_changes += len(dead_row_ids)
-
-    def discard_graph(self) -> None:
-        self.graph = None
-        self.in_graph[:] = False
-        self._dead = 0
-
-    def _unlink(self, slot: int, row_id: int) -> None:
-        if slot < len(self.in_graph) and self.in_graph[slot]:
-            self.in_graph[slot] = False
-            with self.graph_lock:
-                self._bury(row_id)
-            self.graph_changes += 1
-
-    def _bury(self, row_id: int) -> None:
-        if self.graph is None:
-            return
-        try:
-            self.graph.mark_deleted(row_id)
-        except RuntimeError:  # already marked; a label outside the graph cannot reach this
-            return
-        self._dead += 1
-        if self._dead > max(_START, self.count):
-            self.discard_graph()  # more dead than alive: searches would wade through them
-
-    def _reserve(self, slot: int) -> None:
-        if slot >= len(self._matrix):
-            size = max(slot + 1, 2 * len(self._matrix))
-            matrix = np.zeros((size, self.dimension), np.float32)
-            matrix[: len(self._matrix)] = self._matrix
-            linked = np.zeros(size, np.bool_)
-            linked[: len(self.in_graph)] = self.in_graph
-            self._matrix, self.in_graph = matrix, linked
+    def _set(self, slot: int, present: bool) -> None:
+        self._count += int(present) - int(self._columns.has_vector[slot])
+        self._columns.set_vector(slot, present)

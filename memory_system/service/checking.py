@@ -15,6 +15,8 @@ from typing import Any, Final
 
 from memory_system.errors import ShuttingDown, StorageFailed, StorageFull
 from memory_system.log import get_logger
+from memory_system.search import feed
+from memory_system.search.index import SearchIndex
 from memory_system.service import Reply
 from memory_system.service.run import Run
 from memory_system.storage import integrity
@@ -32,8 +34,9 @@ Check = Callable[[], Iterator[Problem]]
 class Checking:
     """The work of the job integrity_check. `share`: the part of the time that it goes through rows in Python."""
 
-    def __init__(self, path: Path, share: float) -> None:
+    def __init__(self, path: Path, index: SearchIndex, share: float) -> None:
         self._path = path
+        self._index = index
         self._share = share
 
     async def check(self, full: bool, limit: int, run: Run) -> Reply:
@@ -80,8 +83,19 @@ class Checking:
         yield partial(integrity.texts, db, _Pace(run, "texts", self._share, stop).slice)
         yield partial(integrity.vectors, db, _Pace(run, "vectors", self._share, stop).slice)
         yield partial(_count_stale, db, run)
-        run.progress("full_text", 0)
-        yield partial(integrity.full_text, db)
+        yield partial(self._words, db, _Pace(run, "words", self._share, stop).slice)
+
+    def _words(self, db: sqlite3.Connection, on_slice: integrity.Progress) -> Iterator[Problem]:
+        """The index of words against the texts."""
+        for found in integrity.searchable(db):
+            with feed.snapshot(db):
+                texts = feed.read_texts(db, [row_id for row_id, _, _ in found])
+                wrong = set(self._index.wrong_words(db, texts))
+            for row_id, namespace, memory_id in found:
+                if row_id in wrong:
+                    what = "it is not found by the words of its text; reindex makes the index of words anew"
+                    yield Problem("full_text", what, row_id, namespace, memory_id)
+            on_slice(len(found))
 
 
 class _Pace:

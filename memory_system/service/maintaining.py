@@ -18,7 +18,7 @@ from memory_system.service.checking import Checking
 from memory_system.service.merges import Merges
 from memory_system.service.reindexing import Reindexing
 from memory_system.service.run import Run, Work
-from memory_system.service.runs import Asker, Runs, head
+from memory_system.service.runs import Runs, head
 from memory_system.service.sweeps import Sweeps
 from memory_system.storage import runs as stored_runs
 from memory_system.storage.readers import Readers
@@ -52,16 +52,6 @@ class MaintainingService:
         self._merges = merges
         self._checking = checking
         self._reindexing = reindexing
-        self._resumed: asyncio.Task[Reply] | None = None
-
-    async def start(self) -> None:
-        """Go on with what a program that was killed has left half done."""
-        if await self._reindexing.is_unfinished():
-            log.warning("reindex_resumed", reason="the service ended while the full-text index was being made anew")
-            work = partial(self._reindexing.reindex, True, False)
-            again = self._runs.perform(Asker.of_the_service(), "reindex", work, asked={"keywords": True})
-            self._resumed = asyncio.create_task(again, name="reindex-resumed")
-            self._resumed.add_done_callback(_seen)
 
     def run_decay(self, call: Call, p: a.Sweep) -> Any:
         return self._sweep(call, "decay", p, partial(self._sweeps.decay, p.namespaces))
@@ -142,9 +132,3 @@ def _item(run: StoredRun, progress: dict[str, Reply], *, whole: bool) -> Reply:
     if run.state == "running" and (figures := progress.get(run.job)) is not None:
         item["progress"] = {name: figures[name] for name in ("part", "done", "total")}
     return item
-
-
-def _seen(task: asyncio.Task[Reply]) -> None:
-    """The run has told the log what became of it."""
-    if not task.cancelled():
-        task.exception()

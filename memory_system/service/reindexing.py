@@ -1,21 +1,19 @@
-"""Making the indexes anew: the full text, and the vectors of all memories."""
+"""Making the indexes anew: that of words, and the vectors of all memories."""
 
 from __future__ import annotations
 
 import asyncio
-from functools import partial
 from typing import Final
 
 from memory_system.cache import Caches
 from memory_system.embedding import Embedder, EmbeddingQueue
 from memory_system.errors import VectorsUnavailable
+from memory_system.search.index import SearchIndex
 from memory_system.service.run import Run
 from memory_system.storage import reindexing
 from memory_system.storage.context import Reply, WriteContext
 from memory_system.storage.readers import Readers
 
-# Text that one slice takes into the full-text index, beside the limit in memories.
-_SLICE_CHARS: Final = 64 * 1024
 _QUEUED: Final = 256
 _LOOK_S: Final = 0.05
 
@@ -24,20 +22,16 @@ class Reindexing:
     """The work of the job reindex."""
 
     def __init__(
-        self, readers: Readers, caches: Caches, embedder: Embedder, embedding: EmbeddingQueue, slice_rows: int
+        self, readers: Readers, index: SearchIndex, caches: Caches, embedder: Embedder, embedding: EmbeddingQueue
     ) -> None:
         self._readers = readers
+        self._index = index
         self._caches = caches
         self._embedder = embedder
         self._embedding = embedding
-        self._slice_rows = slice_rows
-
-    async def is_unfinished(self) -> bool:
-        """Whether the full-text index was being made anew when the service ended."""
-        return await reindexing.is_under_way(self._readers)
 
     async def reindex(self, keywords: bool, vectors: bool, run: Run) -> None:
-        """Make the full-text index anew, or all vectors, or both.
+        """Make the index of words anew, or all vectors, or both.
 
         Meanwhile searches find older memories by their words again as the index comes to them, newest first; each
         memory keeps its vector until the new one is there. Raises VectorsUnavailable when there is no model.
@@ -51,14 +45,15 @@ class Reindexing:
 
     async def _keywords(self, run: Run) -> None:
         total = await reindexing.count_texts(self._readers)
-        await run.write(reindexing.begin, rows=self._slice_rows)
-        take = partial(reindexing.add_slice, limit=self._slice_rows, max_chars=_SLICE_CHARS)
-        run.progress("keywords", 0, total)
-        while added := (await run.write(take, rows=self._slice_rows))["added"]:
-            run.counts["texts"] += added
-            run.progress("keywords", run.counts["texts"], max(total, run.counts["texts"]))
+        while not await asyncio.to_thread(self._index.rebuild_words):
+            run.progress("keywords", 0, total)  # the index is still being loaded
+            await asyncio.sleep(_LOOK_S)
+        while lacking := self._index.words_lacking:
+            run.progress("keywords", max(0, total - lacking), total)
+            await asyncio.sleep(_LOOK_S)
+        run.counts["texts"] += total
         for namespace in await reindexing.namespaces(self._readers):
-            # What was found, and kept, while a part was missing counts no more.
+            # What was found, and kept, in the index before counts no more.
             await run.write(_nothing, namespace, counted=True)
 
     async def _vectors(self, run: Run) -> None:

@@ -45,16 +45,12 @@ _FUTURE_S: Final = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Asker:
-    """Who asks for a run and by when, as a Call tells it; for the service itself, when it asks."""
+    """Who asks for a run and by when, as a Call tells it."""
 
     caller: str
     request_id: str | None
     now_s: float
     deadline_s: float | None
-
-    @classmethod
-    def of_the_service(cls) -> Asker:
-        return cls("orchestrator", None, time.time(), None)
 
 
 @dataclass(slots=True)

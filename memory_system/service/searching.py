@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Final
 
 import msgspec
+from msgspec import Raw
 
 from memory_system import cursors, protocol
-from memory_system import models as m
+from memory_system import search_models as m
 from memory_system.access import AccessBuffer
 from memory_system.cache import ResultCache, ResultKey
 from memory_system.calls import Call, ResultList, names_state
@@ -22,17 +24,22 @@ from memory_system.embedding import Embedder, EmbeddingQueue, Vectors
 from memory_system.errors import InvalidField, MemorySystemError, StorageFailed, VectorsUnavailable
 from memory_system.filters import And, Condition, Filter, conditions
 from memory_system.models import Memory
+from memory_system.params import SearchMode
+from memory_system.search.boosting import NO_BOOST, Boost
 from memory_system.search.engine import Hit, SearchEngine, SearchOutcome, SearchQuery
 from memory_system.service import Reply, Result
 from memory_system.service.own_writes import OwnWrites
+from memory_system.service.surroundings import NEIGHBOURS, Asked, Found, Surroundings
 from memory_system.settings import Settings
 from memory_system.storage.queries import Queries
 from memory_system.storage.readers import too_slow
 from memory_system.storage.rows import RecordView, is_alive, not_found
 
-# A result that depends on these changes without a commit, so it is not kept.
+# A result that depends on these changes without a commit, so it is not kept; nor is one whose score does, by a boost.
 _MOVING_FIELDS: Final = frozenset({"importance", "access_count", "last_accessed_at"})
 _EMBED_TIMEOUT_S: Final = 5.0
+# Results whose surroundings are read at once.
+_SLICE: Final = 64
 # A search whose hits changed before their records were read is made anew; what changes all the time is left out.
 _ATTEMPTS: Final = 2
 
@@ -58,6 +65,7 @@ class SearchingService:
         self._engine = engine
         self._queries = queries
         self._view = view
+        self._surroundings = Surroundings(engine, queries, view)
         self._embedder = embedder
         self._embedding = embedding
         self._own_writes = own_writes
@@ -65,117 +73,102 @@ class SearchingService:
         self._accesses = accesses
         self._epoch = epoch
         self._commit_seq = commit_seq
-        self._fingerprint = cursors.scope(settings.search, settings.lifecycle)
+        self._fingerprint = cursors.scope(settings.search, settings.ranking, settings.lifecycle)
 
     def search_memory(self, call: Call, p: m.SearchMemory) -> Result:
-        filters = call.filters(p.filters)
-        parts: list[Filter] = [filters]
+        within: list[Filter] = []
         if p.memory_type is not None:
-            parts.append(Condition("memory_type", (), "eq", p.memory_type))
+            within.append(Condition("memory_type", (), "eq", p.memory_type))
         if p.parent_id is not None:
-            parts.append(Condition("parent_id", (), "eq", p.parent_id))
-        scope = cursors.scope(
-            "search_memory", call.namespace, msgspec.structs.asdict(p) | {"cursor": None, "filters": bytes(p.filters)}
-        )
-        query = SearchQuery(
-            namespace=call.namespace,
-            text=p.query,
-            mode="keyword",
-            k=p.limit,
-            offset=cursors.offset_of(p.cursor, scope),
-            filter=And(tuple(parts)),
-            include_archived=p.include_archived or names_state(filters),
-            min_score=p.min_score,
-            explain=p.explain,
-            now_s=call.now_s,
-        )
-        return self._answer(call, query, scope, touch=p.touch)
+            within.append(Condition("parent_id", (), "eq", p.parent_id))
+        return self._answer(call, self._asked(call, p, "keyword", p.limit, within))
 
     def semantic_search(self, call: Call, p: m.SemanticSearch) -> Result:
-        query, scope = self._query(call, p)
-        return self._semantic(call, query, scope, p.touch)
+        return self._semantic(call, self._asked(call, p, p.mode, p.k))
 
-    async def _semantic(self, call: Call, query: SearchQuery, scope: str, touch: bool) -> Reply:
-        if query.mode != "keyword":
+    async def _semantic(self, call: Call, asked: Asked) -> Reply:
+        if asked.query.mode != "keyword":
             await self._wait_for_own_writes(call)
-            vector = (await self._vectors(call, [query.text]))[0]
-            query = replace(query, vector=vector, vector_model=self._embedder.model_id)
-        return await self._answer(call, query, scope, touch=touch)
+            (asked,) = self._with_vectors([asked], await self._vectors(call, [asked.query.text]))
+        return await self._answer(call, asked)
 
     async def search_similar(self, call: Call, p: m.SearchSimilar) -> Reply:
-        parts = msgspec.structs.asdict(p) | {"cursor": None, "touch": None, "filters": bytes(p.filters)}
-        scope = cursors.scope("search_similar", call.namespace, call.encoding.name, parts)
-        filters = call.filters(p.filters)
-        query = SearchQuery(
-            namespace=call.namespace,
-            text="",
-            mode="dense",
-            k=p.k,
-            offset=cursors.offset_of(p.cursor, scope),
-            filter=filters,
-            include_archived=p.include_archived or names_state(filters),
-            min_score=p.min_score,
-            explain=p.explain,
-            now_s=call.now_s,
-        )
+        asked = self._asked(call, p, "dense", p.k)
         memory = await self._queries.memory(call.namespace, p.memory_id)
         if memory is None or not is_alive(memory, call.now_s):
             raise not_found(p.memory_id)
         await self._wait_for_own_writes(call)
-        wanted = replace(query, k=query.k + 1)
+        wanted = replace(asked.query, k=p.k + 1)
         outcome = await self._run(self._engine.submit_similar, wanted, memory.row_id, memory.content_digest)
         if outcome.degraded:
             raise VectorsUnavailable(
                 "there is no vector of this memory yet; try again in a moment", reason=outcome.reason
             )
-        return self._reply(call, query, outcome, await self._found(call, query, outcome), scope, p.touch)
+        return await self._reply(call, asked, outcome, await self._found(call, asked.query, outcome))
 
     async def batch_search(self, call: Call, p: m.BatchSearch) -> Reply:
         """Many queries in one call; their vectors are made in one batch, and each has a reply of its own."""
-        asked = []
-        for index, raw in enumerate(p.queries):
-            item = call.decode(m.SemanticSearch, raw, f"queries[{index}]")
-            if item.cursor is not None:
-                raise InvalidField(f"queries[{index}].cursor", "pages are walked with semantic_search")
-            try:
-                asked.append((item, *self._query(call, item)))
-            except MemorySystemError as error:
-                error.details["index"] = index
-                error.message = f"query {index}: {error.message}"
-                raise
-        if any(query.mode != "keyword" for _, query, _ in asked):
+        asked = [self._item(call, raw, index) for index, raw in enumerate(p.queries)]
+        if any(one.query.mode != "keyword" for one in asked):
             await self._wait_for_own_writes(call)
-            vectors = await self._vectors(call, [query.text for _, query, _ in asked])
-            model_id = self._embedder.model_id
-            asked = [
-                (item, replace(query, vector=vector, vector_model=model_id), scope)
-                for (item, query, scope), vector in zip(asked, vectors, strict=True)
-            ]
+            asked = self._with_vectors(asked, await self._vectors(call, [one.query.text for one in asked]))
         replies: list[Reply] = []
         room = protocol.MAX_LIST_REPLY_BYTES  # for all of them together
-        for item, query, scope in asked:
-            reply = await self._answer(call, query, scope, touch=item.touch, room=room)
+        for one in asked:
+            reply = await self._answer(call, one, room)
             room -= sum(len(bytes(result)) for result in reply["results"])
             replies.append(reply)
         return {"results": replies, "count": len(replies)}
 
-    def _query(self, call: Call, p: m.SemanticSearch) -> tuple[SearchQuery, str]:
+    def _item(self, call: Call, raw: Raw, index: int) -> Asked:
+        """One query of a batch. Raises what semantic_search would, with its index."""
+        item = call.decode(m.SemanticSearch, raw, f"queries[{index}]")
+        if item.cursor is not None:
+            raise InvalidField(f"queries[{index}].cursor", "pages are walked with semantic_search")
+        try:
+            return self._asked(call, item, item.mode, item.k)
+        except MemorySystemError as error:
+            error.details["index"] = index
+            error.message = f"query {index}: {error.message}"
+            raise
+
+    def _asked(self, call: Call, p: m.SearchOptions, mode: SearchMode, k: int, within: Sequence[Filter] = ()) -> Asked:
+        """The search that a request stands for; `within` are filters beside its own."""
         parts = msgspec.structs.asdict(p) | {"cursor": None, "touch": None, "filters": bytes(p.filters)}
-        scope = cursors.scope("semantic_search", call.namespace, call.encoding.name, parts)
+        scope = cursors.scope(type(p).__name__, call.namespace, call.encoding.name, parts)
         filters = call.filters(p.filters)
+        text, highlight = (p.query, p.highlight) if isinstance(p, m.TextSearch) else ("", False)
         query = SearchQuery(
             namespace=call.namespace,
-            text=p.query,
-            mode=p.mode,
-            k=p.k,
+            text=text,
+            mode=mode,
+            k=k,
             offset=cursors.offset_of(p.cursor, scope),
-            filter=filters,
+            filter=And((filters, *within)) if within else filters,
             include_archived=p.include_archived or names_state(filters),
             min_score=p.min_score,
             explain=p.explain,
             now_s=call.now_s,
+            since_s=p.occurred_after,
+            until_s=p.occurred_before,
+            boost=self._boost(p.boost),
+            diversity=p.diversity,
+            neighbours=NEIGHBOURS if p.expand == "neighbours" else 0,
         )
-        return query, scope
+        return Asked(query, scope, p.touch, p.expand, highlight)
+
+    def _boost(self, asked: m.Boost | None) -> Boost:
+        if asked is None:
+            return NO_BOOST
+        half_life_days = asked.half_life_days or self._settings.ranking.recency_half_life_days
+        return Boost(asked.recency, asked.importance, half_life_days)
+
+    def _with_vectors(self, asked: list[Asked], vectors: Sequence[Vectors | None]) -> list[Asked]:
+        model_id = self._embedder.model_id
+        return [
+            replace(one, query=replace(one.query, vector=vector, vector_model=model_id))
+            for one, vector in zip(asked, vectors, strict=True)
+        ]
 
     async def _wait_for_own_writes(self, call: Call) -> None:
         if self._embedder.state == "ready":
@@ -196,19 +189,12 @@ class SearchingService:
         except (VectorsUnavailable, TimeoutError):
             return [None] * len(texts)
 
-    async def _answer(
-        self,
-        call: Call,
-        query: SearchQuery,
-        scope: str,
-        *,
-        touch: bool,
-        room: int = protocol.MAX_LIST_REPLY_BYTES,
-    ) -> Reply:
+    async def _answer(self, call: Call, asked: Asked, room: int = protocol.MAX_LIST_REPLY_BYTES) -> Reply:
         """From the results kept for this very state of the store, or searched anew."""
-        key = self._result_key(query, scope)
+        query = asked.query
+        key = self._result_key(query, asked.scope)
         outcome = await self._kept(key)
-        found = [] if outcome is None else await self._found(call, query, outcome)
+        found: list[Found] = [] if outcome is None else await self._found(call, query, outcome)
         for _ in range(_ATTEMPTS):
             if outcome is not None and len(found) == len(outcome.hits):
                 break  # none has expired or changed since it was judged
@@ -216,18 +202,24 @@ class SearchingService:
             await self._keep(key, query, outcome)
             found = await self._found(call, query, outcome)
         assert outcome is not None
-        return self._reply(call, query, outcome, found, scope, touch, room)
+        return await self._reply(call, asked, outcome, found, room)
 
     async def _run(self, submit: Callable[..., Future[SearchOutcome]], *arguments: Any) -> SearchOutcome:
-        try:
+        with self._reading():
             return await asyncio.wrap_future(submit(*arguments))
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Name what can go wrong with the database."""
+        try:
+            yield
         except sqlite3.Error as error:
             if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_INTERRUPT:
                 raise too_slow(self._settings.limits.query_s) from None
             raise StorageFailed(f"the database cannot be read: {error}") from error
 
     def _result_key(self, query: SearchQuery, scope: str) -> ResultKey | None:
-        if any(condition.field in _MOVING_FIELDS for condition in conditions(query.filter)):
+        if query.boost or any(condition.field in _MOVING_FIELDS for condition in conditions(query.filter)):
             return None
         identity = f"{scope}:{query.offset}:{self._embedder.model_id}:{query.vector is None}:{self._fingerprint}"
         return ResultKey(self._epoch, query.namespace, self._commit_seq(query.namespace), content_digest(identity))
@@ -247,34 +239,42 @@ class SearchingService:
             return
         await self._results.put(key, msgspec.msgpack.encode(outcome), self._settings.cache.result_ttl_s)
 
-    async def _found(self, call: Call, query: SearchQuery, outcome: SearchOutcome) -> list[tuple[Hit, Memory]]:
+    async def _found(self, call: Call, query: SearchQuery, outcome: SearchOutcome) -> list[Found]:
         """The records of the hits, as far as they are still what was judged."""
         memories = await self._queries.by_row_ids(call.namespace, [hit.row_id for hit in outcome.hits])
         found = [(hit, memories[hit.row_id]) for hit in outcome.hits if hit.row_id in memories]
         return [(hit, memory) for hit, memory in found if _is_as_judged(hit, memory, query, call.now_s)]
 
-    def _reply(
+    async def _reply(
         self,
         call: Call,
-        query: SearchQuery,
+        asked: Asked,
         outcome: SearchOutcome,
-        found: list[tuple[Hit, Memory]],
-        scope: str,
-        touch: bool,
+        found: list[Found],
         room: int = protocol.MAX_LIST_REPLY_BYTES,
     ) -> Reply:
-        results = ResultList(call.encoding, query.k, room)
+        results = ResultList(call.encoding, asked.query.k, room)
         extra: dict[str, Any] = {"pending": outcome.pending, "degraded": outcome.degraded}
         if outcome.degraded:
             extra["degraded_reason"] = outcome.reason
-        for hit, memory in found:
-            if not results.add(self._record(call, hit, memory)):
-                position = query.offset + len(results.items)
-                extra["next_cursor"] = cursors.at_offset(position, scope, call.now_s)
+        for begin in range(0, len(found), _SLICE):
+            if not await self._add(call, asked, found[begin : begin + _SLICE], results):
+                position = asked.query.offset + len(results.items)
+                extra["next_cursor"] = cursors.at_offset(position, asked.scope, call.now_s)
                 break
-            if touch and self._settings.lifecycle.access_weight_search > 0.0:
-                self._accesses.note(memory, self._settings.lifecycle.access_weight_search, call.now_s)
         return results.reply(**extra)
+
+    async def _add(self, call: Call, asked: Asked, found: list[Found], results: ResultList) -> bool:
+        """Take what was found into the results; False when one of it was left out."""
+        with self._reading():
+            fields = await self._surroundings.of(call, asked, found)
+        weight = self._settings.lifecycle.access_weight_search
+        for (hit, memory), more in zip(found, fields, strict=True):
+            if not results.add(self._record(call, hit, memory) | more):
+                return False
+            if asked.touch and weight > 0.0:
+                self._accesses.note(memory, weight, call.now_s)
+        return True
 
     def _record(self, call: Call, hit: Hit, memory: Memory) -> dict[str, Any]:
         record = self._view.record(memory, call.now_s)

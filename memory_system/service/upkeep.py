@@ -57,6 +57,6 @@ def _maintaining(settings: Settings, database: Path, parts: Parts, runs: Runs) -
         parts.index,
         Sweeps(readers, settings),
         Merges(consolidating, maintenance.slice_rows),
-        Checking(database, maintenance.share),
-        Reindexing(readers, parts.caches, parts.embedder, parts.embedding, maintenance.slice_rows),
+        Checking(database, parts.index, maintenance.share),
+        Reindexing(readers, parts.index, parts.caches, parts.embedder, parts.embedding),
     )

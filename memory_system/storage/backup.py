@@ -20,7 +20,6 @@ from typing import Final
 from memory_system.errors import StorageFailed, StorageFull
 from memory_system.process_figures import disk_free_bytes
 from memory_system.settings import Settings
-from memory_system.storage import reindexing
 
 # What is left free on the disk, so that a backup cannot stop what writes there.
 SPARE_BYTES: Final = 32 * 1024 * 1024
@@ -157,16 +156,10 @@ def contents(db: sqlite3.Connection) -> Contents:
 
 
 def check(db: sqlite3.Connection, path: Path) -> None:
-    """Raise StorageFailed unless the pages are sound and the full-text index has every memory."""
+    """Raise StorageFailed unless the pages are sound."""
     verdict = db.execute("PRAGMA quick_check(1)").fetchone()[0]
     if verdict != "ok":
         raise StorageFailed(f"{path} is damaged: {verdict}")
-    if db.execute("SELECT 1 FROM meta WHERE key = ?", (reindexing.KEY,)).fetchone():
-        return  # the index is being made anew, and that goes on with whoever opens the copy
-    texts = db.execute("SELECT count(*) FROM memory_fts_docsize").fetchone()[0]
-    memories = contents(db).memories
-    if texts != memories:
-        raise StorageFailed(f"{path} is damaged: {memories} memories, {texts} of them in the full-text index")
 
 
 def needed_bytes(db: sqlite3.Connection) -> int:

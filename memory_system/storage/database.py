@@ -84,7 +84,7 @@ def connect_reader(path: Path | str) -> sqlite3.Connection:
     db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, cached_statements=256)
     _prepare(db)
     db.execute("PRAGMA query_only = 1")
-    # Not for the writer: SQLite then refuses FTS5 in triggers ("unsafe use of virtual table").
+    # Not for the writer: SQLite then refuses the triggers of an older schema, which has to be brought up.
     db.execute("PRAGMA trusted_schema = OFF")
     return db
 

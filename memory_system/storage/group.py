@@ -107,8 +107,8 @@ class GroupRunner:
     def _run_jobs(self, group: Group, waiting: Lanes) -> bool:
         """Run waiting jobs until the group is full in jobs, rows or time; what is left forms the next group.
 
-        Without savepoints: FTS5 writes out its buffer at each of them, which is 43 of 110 us for a row. Returns False
-        when a job failed after it had written, so that its part has to be taken back.
+        Without savepoints, which cost time for each request, and hardly any needs one. Returns False when a job failed
+        after it had written, so that its part has to be taken back.
         """
         began = time.monotonic()
         rows = 0

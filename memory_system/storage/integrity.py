@@ -1,7 +1,7 @@
 """Checking that the store is what it should be, on a connection that takes no lock a writer would wait for.
 
-Pages and indexes by SQLite's own checks, foreign keys, texts and vectors against their digests, the full-text index
-against the texts. Each function yields what is wrong, and no content.
+Pages and indexes by SQLite's own checks, foreign keys, texts and vectors against their digests. Each function yields
+what is wrong, and no content. The index of words is compared with the texts by whoever has it.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from typing import Final
 import numpy as np
 
 from memory_system.digest import content_digest
-from memory_system.storage import reindexing
 
 _ROWS: Final = 200
 _LENGTH_TOLERANCE: Final = 1e-3
-_SHADOWS: Final = ("data", "idx", "docsize", "config")
 _STEPS: Final = 10_000  # of SQLite's machine between two looks at whether to stop
 
 Progress = Callable[[int], None]
 """Hears how many rows have been looked at, after each slice."""
+Searchable = tuple[int, str, str]
+"""row_id, namespace, memory_id"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,30 +105,16 @@ def count_stale_vectors(db: sqlite3.Connection) -> int:
     return int(db.execute(f"SELECT count(*) FROM {joined} WHERE e.digest <> m.content_digest").fetchone()[0])
 
 
-def full_text(db: sqlite3.Connection) -> Iterator[Problem]:
-    """The full-text index against the texts.
-
-    FTS5 takes a write lock for its check. So the index alone is copied into a temporary table of this connection, where
-    the check locks nobody out, and compared with the texts of the store as of the same instant. While the index is
-    being made anew, a part of it is missing, and there is nothing to be checked.
-    """
-    for name in ("searchable_texts", "memory_fts"):
-        (sql,) = db.execute("SELECT sql FROM main.sqlite_master WHERE name = ?", (name,)).fetchone()
-        db.execute(sql.replace(name, f"temp.{name}", 1))
-    db.execute("BEGIN")
-    try:
-        if db.execute("SELECT 1 FROM main.meta WHERE key = ?", (reindexing.KEY,)).fetchone():
-            return
-        for shadow in _SHADOWS:
-            db.execute(f"DELETE FROM temp.memory_fts_{shadow}")
-            db.execute(f"INSERT INTO temp.memory_fts_{shadow} SELECT * FROM main.memory_fts_{shadow}")
-        db.execute("INSERT INTO temp.memory_fts (memory_fts, rank) VALUES ('integrity-check', 1)")
-    except sqlite3.DatabaseError as error:
-        if getattr(error, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_CORRUPT:
-            raise
-        yield Problem("full_text", "the full-text index is not that of the texts; reindex makes it anew")
-    finally:
-        db.execute("ROLLBACK")
+def searchable(db: sqlite3.Connection) -> Iterator[list[Searchable]]:
+    """Every memory that is to be found by its words, in slices."""
+    sql = (
+        "SELECT row_id, namespace, memory_id FROM memories"
+        " WHERE row_id > ? AND memory_type <> 'session' ORDER BY row_id LIMIT ?"
+    )
+    row_id = 0
+    while found := db.execute(sql, (row_id, _ROWS)).fetchall():
+        row_id = found[-1][0]
+        yield found
 
 
 def _wrong_with(vector: bytes, size: int) -> str | None:

@@ -66,6 +66,16 @@ ALTER TABLE sessions ADD COLUMN resumed_at REAL;
 DROP INDEX memories_by_session;
 CREATE INDEX memories_by_session ON memories (namespace, session_id, created_at) WHERE session_id IS NOT NULL;
 """,
+    # Words are found in an index of their own, derived as that of vectors is: see memory_system/search/postings.py.
+    """
+DROP TRIGGER memories_fts_insert;
+DROP TRIGGER memories_fts_delete;
+DROP TRIGGER memories_fts_update;
+DROP TABLE memory_terms;
+DROP TABLE memory_fts;
+DROP VIEW searchable_texts;
+DELETE FROM meta WHERE key = 'full_text_rebuild';
+""",
 )
 CURRENT_VERSION: Final = len(STEPS) + 1
 

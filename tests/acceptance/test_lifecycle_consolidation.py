@@ -69,14 +69,13 @@ def changed(service: Ageing, **data: Any) -> set[str]:
 
 
 def traces(service: Ageing, word: str) -> dict[str, Any]:
-    """Where a word is still to be found: searches, full text, and every text of every table."""
+    """Where a word is still to be found: searches, and every text of every table."""
     found: dict[str, Any] = {}
     for options in ({}, {"include_archived": True}):
         for action in ("search_memory", "semantic_search"):
             results = service.ok(action, query=word, touch=False, **options)["results"]
             found[f"{action} {options}"] = [m for m in results if word in str(m).lower()]
-    found["terms"] = service.query("SELECT term FROM memory_terms WHERE term LIKE ?", f"{word[:5]}%")
-    tables = service.query("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'memory_fts%'")
+    tables = service.query("SELECT name FROM sqlite_master WHERE type = 'table'")
     for (table,) in tables:
         found[table] = [row for row in service.query(f'SELECT * FROM "{table}"') if word in str(row).lower()]
     return {place: what for place, what in found.items() if what}

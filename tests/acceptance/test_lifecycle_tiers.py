@@ -259,7 +259,7 @@ def test_cleanup_deletes_what_has_expired(service: Ageing) -> None:
     upkeep(service)
     assert {memory_id for memory_id in service.rows()} == {stays}
     assert service.query("SELECT count(*) FROM embeddings")[0][0] <= 1
-    assert service.query("SELECT count(*) FROM memory_fts WHERE memory_fts MATCH 'day'") == [(0,)]
+    assert service.ok("search_memory", query="day", include_archived=True)["count"] == 0
     assert gone not in service.rows()
 
 

@@ -16,7 +16,19 @@ from memory_system import models, protocol
 from memory_system.client_api import ClientMethods
 from tests.contract.fake_orchestrator import FakeOrchestrator, error, ok
 
-SEARCH = {"include_archived": True, "min_score": 0.1, "explain": True, "touch": False, "cursor": "c"}
+SEARCH = {
+    "occurred_after": 1.5,
+    "occurred_before": 2.5,
+    "include_archived": True,
+    "min_score": 0.1,
+    "boost": {"recency": 0.5, "importance": 0.25, "half_life_days": 7.0},
+    "diversity": 0.3,
+    "expand": "neighbours",
+    "explain": True,
+    "touch": False,
+    "cursor": "c",
+}
+TEXT_SEARCH = SEARCH | {"highlight": True}
 FILTERS = {"tags": {"any": ["a"]}}
 
 # method: (its required arguments, all its others)
@@ -39,9 +51,9 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "get_memory": ({"memory_id": "m"}, {"touch": False}),
     "search_memory": (
         {"query": "q"},
-        {"memory_type": "t", "limit": 3, "parent_id": "p", "filters": FILTERS, **SEARCH},
+        {"memory_type": "t", "limit": 3, "parent_id": "p", "filters": FILTERS, **TEXT_SEARCH},
     ),
-    "semantic_search": ({"query": "q"}, {"k": 3, "filters": FILTERS, "mode": "dense", **SEARCH}),
+    "semantic_search": ({"query": "q"}, {"k": 3, "filters": FILTERS, "mode": "dense", **TEXT_SEARCH}),
     "update_memory": (
         {"memory_id": "m", "update_payload": {"content": "y", "tags": None}},
         {"expected_version": 3, "metadata_mode": "replace"},

@@ -86,11 +86,11 @@ def ageing(service: Service, *memory_ids: str) -> list[tuple[Any, ...]]:
 def holds(service: Service, word: str) -> list[str]:
     """The tables in which a word stands."""
     names = [row[0] for row in service.rows("SELECT name FROM sqlite_master WHERE type = 'table'")]
-    plain = [name for name in names if not name.startswith(("memory_fts", "memory_terms", "sqlite_"))]
+    plain = [name for name in names if not name.startswith("sqlite_")]
     holding = [
         name for name in plain for row in service.rows(f"SELECT * FROM {name}") if word.lower() in str(row).lower()
     ]
-    return [*holding, *service.rows("SELECT term FROM memory_terms WHERE term = ?", word)]
+    return [*holding, *(["the index of words"] if service.texts_with(word) else [])]
 
 
 # -- what becomes one -------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import sqlite3
 import threading
 from collections.abc import Callable
@@ -14,7 +15,8 @@ from unittest import mock
 
 import pytest
 
-from memory_system.storage import integrity, reindexing
+from memory_system.search import word_keeping
+from memory_system.storage import integrity
 from memory_system.storage.context import Reply, WriteContext
 from memory_system.storage.jobs import WriteJob
 from tests.support.runs import STEADY
@@ -60,7 +62,6 @@ DAMAGES = {
     "json": "UPDATE memories SET metadata = '{' WHERE row_id = 2",
     "foreign_keys": "INSERT INTO group_members (group_id, row_id, added_at) VALUES (77, 2, 0)",
     "vector": "UPDATE embeddings SET vector = zeroblob(length(vector)) WHERE row_id = 2",
-    "full_text": "INSERT INTO memory_fts (memory_fts, rowid, content) VALUES ('delete', 2, 'violin')",
 }
 
 
@@ -82,6 +83,42 @@ async def test_what_is_damaged_is_found(service: Service, check: str, caplog: py
     (line,) = [record for record in caplog.records if "integrity_problem" in str(record.msg)]
     assert line.levelno == logging.ERROR
     assert "violin" not in str(line.msg)
+
+
+def forget_words(service: Service, *row_ids: int) -> None:
+    with service.runtime._index.reading() as view:
+        assert view is not None
+        for row_id in row_ids:
+            slot = view.columns.slot(row_id)
+            assert slot is not None and view.words.postings.has(slot)
+            view.words.remove(slot)
+
+
+def miscount(service: Service) -> None:
+    """One posting of the index counts a term once more than it stands in the text."""
+    with service.runtime._index.reading() as view:
+        assert view is not None
+        segment = view.words.postings.segments[0]
+        segment.counts = segment.counts.copy()
+        segment.counts[int(segment.docs.argmax())] += 1
+
+
+@pytest.mark.parametrize("spoil", [lambda service: forget_words(service, 2), miscount], ids=["lost", "miscounted"])
+@service_test()
+async def test_words_that_are_not_those_of_the_text_are_found(
+    service: Service, spoil: Callable[[Service], None]
+) -> None:
+    await some_memories(service)
+    await service.settled()
+    assert service.texts_with("violin") == 5
+    spoil(service)
+    reply = await service.ok("run_integrity_check")
+    assert reply["ok"] is False
+    (problem,) = reply["problems"]
+    assert problem["check"] == "full_text" and problem["namespace"] == "default"
+    assert reply["counts"]["problems_full_text"] == 1 and reply["counts"]["words"] == 5
+    await service.ok("reindex")
+    assert (await service.ok("run_integrity_check"))["ok"] is True
 
 
 @service_test()
@@ -145,7 +182,7 @@ async def test_the_check_holds_up_no_write(service: Service) -> None:
 
         return stopped
 
-    for name in ("texts", "full_text"):
+    for name in ("texts", "searchable"):
         entered.clear()
         go.clear()
         with mock.patch.object(integrity, name, stopping(getattr(integrity, name))):
@@ -155,31 +192,6 @@ async def test_the_check_holds_up_no_write(service: Service) -> None:
             await service.ok("run_decay")
             go.set()
             assert (await run)["ok"] is True
-
-
-@service_test()
-async def test_the_full_text_is_checked_under_a_writers_lock(service: Service) -> None:
-    """What the check works on is a copy of its own: the store's lock is taken, and it does not wait."""
-    await some_memories(service)
-    db = integrity.connect(service.path, lambda: False)
-    entered, go = threading.Event(), threading.Event()
-
-    def hold(context: WriteContext) -> Reply:
-        entered.set()
-        assert go.wait(10.0)
-        return {}
-
-    try:
-        held = service.runtime._writer.submit(WriteJob(hold, "", counted=False))
-        await asyncio.to_thread(entered.wait, 10.0)
-        assert list(integrity.full_text(db)) == []
-        go.set()
-        await held
-        with pytest.raises(sqlite3.OperationalError, match="readonly"):
-            db.execute("DELETE FROM main.memories")
-    finally:
-        go.set()
-        db.close()
 
 
 @service_test()
@@ -205,83 +217,46 @@ async def test_a_check_is_stopped_with_the_service(service: Service) -> None:
 # -- reindex -----------------------------------------------------------------------------------------------------------
 
 
-def triggers(service: Service) -> list[tuple[Any, ...]]:
-    return service.rows("SELECT name, sql FROM sqlite_master WHERE type = 'trigger' ORDER BY name")
-
-
-@service_test(**STEADY, maintenance__slice_rows=3)
-async def test_reindex_repairs_the_full_text(service: Service) -> None:
+@service_test(**STEADY)
+async def test_reindex_repairs_the_words(service: Service) -> None:
     await some_memories(service, 10)
     await service.session()
-    before = triggers(service)
-    await write(service, "INSERT INTO memory_fts (memory_fts) VALUES ('delete-all')")
+    await service.settled()
+    assert service.texts_with("violin") == 10
+    forget_words(service, *range(1, 11))
     assert (await service.ok("search_memory", query="violin"))["count"] == 0
-    assert (await service.ok("run_integrity_check"))["ok"] is False
     reply = await service.ok("reindex")
     assert reply["counts"] == {"texts": 10}
     assert (await service.ok("search_memory", query="violin"))["count"] == 10
     assert (await service.ok("run_integrity_check"))["ok"] is True
-    assert triggers(service) == before
-    assert service.rows("SELECT key FROM meta WHERE key = ?", reindexing.KEY) == []
-
-
-@service_test(maintenance__slice_rows=2)
-async def test_memories_change_while_they_are_reindexed(service: Service) -> None:
-    """Between any two slices: added, changed and deleted, on both sides of where the index is."""
-    ids = await some_memories(service, 12)
-    writer = service.runtime._writer
-    await writer.submit(WriteJob(reindexing.begin, "", counted=False))
-    added = 1
-    while added:
-        new = await service.add("a new violin")
-        assert new in [each["memory_id"] for each in (await service.ok("search_memory", query="new"))["results"]]
-        await service.ok("update_memory", memory_id=ids[added], update_payload={"content": f"a harp {added}"})
-        await service.ok("update_memory", memory_id=ids[-1], update_payload={"content": f"a late harp {added}"})
-        if len(ids) > 6:
-            await service.ok("delete_memory", memory_id=ids.pop(0))
-            await service.ok("delete_memory", memory_id=ids.pop(-2))
-
-        def take(context: WriteContext) -> Reply:
-            return reindexing.add_slice(context, limit=2, max_chars=1000)
-
-        added = (await writer.submit(WriteJob(take, "", counted=False)))["added"]
-        assert (await service.ok("run_integrity_check"))["problems"] == [], "what is not there yet is no damage"
-    assert (await service.ok("run_integrity_check"))["problems"] == []
-    await service.ok("delete_memory", memory_id=ids[0])
-    assert (await service.ok("run_integrity_check"))["problems"] == []
-
-
-def test_a_reindex_that_was_killed_is_finished_by_the_next_start(tmp_path: Path) -> None:
-    async def cut_off() -> None:
-        async with running_service(tmp_path, maintenance__slice_rows=2) as service:
-            await some_memories(service, 10)
-            submit = service.runtime._writer.submit
-            await submit(WriteJob(reindexing.begin, "", counted=False))
-            await submit(WriteJob(lambda context: reindexing.add_slice(context, 4, 1000), "", counted=False))
-            assert (await service.ok("search_memory", query="violin"))["count"] == 4
-
-    async def again() -> None:
-        async with running_service(tmp_path, maintenance__slice_rows=2) as service:
-
-            async def whole() -> bool:
-                return (await service.ok("list_runs", job="reindex", run_state="done"))["count"] == 1
-
-            await eventually(whole)
-            assert (await service.ok("search_memory", query="violin"))["count"] == 10
-            assert (await service.ok("run_integrity_check"))["ok"] is True
-            (run,) = (await service.ok("list_runs", job="reindex"))["results"]
-            assert run["asked_by"] == "orchestrator"
-
-    asyncio.run(cut_off())
-    asyncio.run(again())
 
 
 @service_test()
-async def test_what_was_found_during_a_reindex_is_not_kept(service: Service) -> None:
+async def test_memories_change_while_they_are_reindexed(service: Service) -> None:
+    """While the index is still to take in all of them: added, changed and deleted."""
+    ids = await some_memories(service, 12)
+    await service.settled()
+    with mock.patch.object(word_keeping, "fill", lambda *_: False):
+        assert service.runtime._index.rebuild_words()
+        new = await service.add("a new violin")
+        found = await service.ok("search_memory", query="new")
+        assert [each["memory_id"] for each in found["results"]] == [new]
+        assert (found["degraded"], found["degraded_reason"]) == (True, "index_loading")
+        await service.ok("update_memory", memory_id=ids[1], update_payload={"content": "a harp"})
+        await service.ok("delete_memory", memory_id=ids[0])
+        assert (await service.ok("search_memory", query="harp"))["count"] == 1
+        assert (await service.ok("run_integrity_check"))["problems"] == [], "what is not there yet is no damage"
+    service.runtime._index.notify()
+    await eventually(lambda: asyncio.sleep(0, not service.runtime._index.words_lacking))
+    assert (await service.ok("search_memory", query="violin", limit=50))["count"] == 11
+    assert (await service.ok("run_integrity_check"))["problems"] == []
+
+
+@service_test()
+async def test_what_was_found_before_a_reindex_is_not_kept(service: Service) -> None:
     await some_memories(service)
     await service.settled()
-    submit = service.runtime._writer.submit
-    await submit(WriteJob(reindexing.begin, "", counted=False))
+    forget_words(service, *range(1, 6))
     search = {"query": "violin", "mode": "keyword"}
     assert (await service.ok("semantic_search", **search))["count"] == 0
     await service.ok("reindex")
@@ -337,10 +312,14 @@ async def test_a_snapshot_of_the_graph(service: Service) -> None:
 
 
 @service_test()
-async def test_without_a_graph_there_is_no_snapshot(service: Service) -> None:
+async def test_without_a_graph_the_words_are_saved(service: Service) -> None:
     await some_memories(service)
     await service.settled()
-    assert (await service.ok("run_snapshot"))["saved"] is False
+    folder = f"{service.path}.index"
+    assert (await service.ok("run_snapshot"))["saved"] is True
+    names = set(os.listdir(folder))
+    assert "words.json" in names and "manifest.json" not in names
+    assert (await service.ok("run_snapshot"))["saved"] is False, "nothing changed since"
 
 
 @service_test()

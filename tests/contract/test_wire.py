@@ -246,6 +246,7 @@ def kind_of(annotation: Any) -> str:
     for kind, mark in (
         ("raw", "RawType"),
         ("list", "ListType"),
+        ("raw", "StructType"),
         ("bool", "BoolType"),
         ("float", "FloatType"),
         ("int", "IntType"),

@@ -137,16 +137,6 @@ def test_a_store_with_damaged_pages_is_not_taken_for_a_backup(store: Path, tmp_p
     assert files(tmp_path / "backups") == []
 
 
-def test_nor_one_whose_full_text_index_lacks_a_memory(store: Path, tmp_path: Path) -> None:
-    with contextlib.closing(sqlite3.connect(store, isolation_level=None)) as db:
-        db.execute("PRAGMA writable_schema = ON")
-        db.execute("DELETE FROM memory_fts_docsize WHERE id = 3")
-        with pytest.raises(StorageFailed, match="40 memories, 39 of them in the full-text index"):
-            back_up(store, tmp_path / "backups", NOW_S)
-        db.execute("INSERT INTO meta VALUES ('full_text_rebuild', '{}')")
-        back_up(store, tmp_path / "backups", NOW_S)  # it is being made anew
-
-
 def test_without_room_nothing_is_begun(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backup, "disk_free_bytes", lambda folder: backup.SPARE_BYTES)
     for attempt in (back_up, plan_of):

@@ -47,7 +47,7 @@ if model == "crash":
     os.abort()
 if model == "mute":
     time.sleep(1000)
-send({"model_id": "scripted", "dimension": 2, "max_tokens": 8, "threads": 1})
+send({"model_id": "scripted", "dimension": 2, "max_tokens": 8, "threads": 1, "backend": "script", "device": "cpu"})
 while True:
     request = receive()
     text = request["texts"][0]

@@ -169,6 +169,32 @@ def test_older_stores_upgrade_to_exactly_the_schema_file(tmp_path: Path) -> None
             assert database.store_epoch(db) == "old"
 
 
+@pytest.mark.parametrize("rebuilding", [False, True])
+def test_a_store_with_a_full_text_index_is_brought_up_without_it(tmp_path: Path, rebuilding: bool) -> None:
+    """Its tables, triggers and view go, also when it was just being made anew; no memory does, and writing goes on."""
+    path = tmp_path / "memory.db"
+    insert = (
+        "INSERT INTO memories (namespace, memory_id, content, content_digest, memory_type, memory_tier, importance, "
+        "importance_at, created_at, updated_at, tier_since, created_by) "
+        "VALUES ('n', ?, 'a heron', x'00', 't', 'short', 0.5, 0, 0, 0, 0, '')"
+    )
+    with store(path) as db:
+        db.executescript((OLDER[0].parent / "schema-v3.sql").read_text(encoding="utf-8"))
+        db.execute("INSERT INTO meta (key, value) VALUES ('store_epoch', 'old')")
+        if rebuilding:
+            db.execute("INSERT INTO meta (key, value) VALUES ('full_text_rebuild', '{}')")
+        db.execute(insert, ("one",))
+        assert db.execute("SELECT count(*) FROM memory_fts WHERE memory_fts MATCH 'heron'").fetchone() == (1,)
+    with contextlib.closing(database.open_store(path)) as db:
+        left = "SELECT name FROM sqlite_master WHERE name LIKE 'memory_%s%' OR type IN ('view', 'trigger')"
+        assert [name for (name,) in db.execute(left) if name != "memory_history"] == []
+        assert db.execute("SELECT key FROM meta").fetchall() == [("store_epoch",)]
+        db.execute(insert, ("two",))
+        db.execute("UPDATE memories SET content = 'an egret' WHERE memory_id = 'one'")
+        assert db.execute("SELECT content FROM memories").fetchall() == [("an egret",), ("a heron",)]
+        assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
 def test_the_comparison_of_schemas_sees_what_matters() -> None:
     """Comments and spacing are no difference; a column, a constraint, an index or a trigger is."""
     same = "CREATE TABLE t (a INTEGER, -- a comment\n   b TEXT) STRICT;"

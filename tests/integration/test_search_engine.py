@@ -13,6 +13,7 @@ import pytest
 
 from memory_system.filters import parse_filter
 from memory_system.lifecycle_settings import LifecycleSettings
+from memory_system.ranking_settings import RankingSettings
 from memory_system.search.engine import SearchEngine, SearchOutcome, SearchQuery
 from memory_system.search.index import SearchIndex
 from memory_system.settings import SearchSettings
@@ -51,7 +52,7 @@ def start(store: SearchStore) -> Iterator[Start]:
 
 def caught_up(store: SearchStore, index: SearchIndex) -> None:
     index.notify()
-    wait_until(lambda: index.state == "ready" and index.applied_seq == store.last_seq())
+    wait_until(lambda: index.state == "ready" and index.applied_seq == store.last_seq() and not index.words_lacking)
 
 
 def query(text: str = "", vector: np.ndarray | None = None, **fields: Any) -> SearchQuery:
@@ -78,7 +79,7 @@ def test_hybrid_finds_by_word_and_by_meaning(store: SearchStore, start: Start) -
     assert by_id[meaning].similarity == pytest.approx(1.0, abs=1e-5) and by_id[meaning].keyword == 0.0
     assert by_id[word].similarity == pytest.approx(float(VECTORS[0] @ VECTORS[1]), abs=1e-5)
     assert by_id[word].keyword == pytest.approx(1.0)
-    assert set(by_id[word].parts or {}) == {"dense", "keyword", "bm25"}
+    assert set(by_id[word].parts or {}) == {"dense", "keyword", "bm25", "parent", "date", "turn"}
 
 
 def test_keyword_share_is_of_the_query_idf(store: SearchStore, start: Start) -> None:
@@ -307,3 +308,61 @@ def test_similar_leaves_the_memory_itself_out(store: SearchStore, start: Start) 
     assert ids(outcome) == order[:3] and outcome.hits[0].keyword is None
     missing = engine.similar(query(k=3), bare)
     assert missing.reason == "no_vector" and missing.hits == []
+
+
+def conversation(store: SearchStore, *texts: str, **fields: Any) -> list[int]:
+    """Turns below one parent, whose vectors are all the same; their row ids in order."""
+    store.add("a talk", memory_type="session", memory_id=f"ses-{texts[0]}")
+    rows = []
+    for turn, text in enumerate(texts):
+        given = {"parent_id": f"ses-{texts[0]}", "occurred_at": NOW_S + turn} | fields
+        rows.append(store.add(text, VECTORS[0], **given))
+    return rows
+
+
+TALK = ("hello there", "where did you put the kettle?", "below the stairs", "fine", "well then", "see you", "bye")
+
+
+def test_an_answer_is_found_with_the_words_of_its_question(store: SearchStore, start: Start) -> None:
+    rows = conversation(store, *TALK)
+    index, engine = start()
+    asked = query("kettle", VECTORS[40], k=2, explain=True)
+    outcome = engine.search(asked)
+    assert ids(outcome)[:2] == [rows[1], rows[2]]
+    answer = outcome.hits[1]
+    assert answer.keyword == 0.0 and (answer.parts or {})["keyword"] > 0.0 and (answer.parts or {})["bm25"] == 0.0
+    narrow = RankingSettings(window_before=0.0, window_after=0.0, parent_weight=0.0)
+    alone = SearchEngine(SETTINGS, LifecycleSettings(), store.path, index, store.connect, weights=narrow)
+    try:
+        parts = {hit.row_id: hit.parts or {} for hit in alone.search(replace(asked, k=20)).hits}
+    finally:
+        alone.close()
+    assert parts[rows[1]]["keyword"] == 1.0 and parts[rows[2]]["keyword"] == 0.0
+
+
+def test_a_filter_hides_results_and_not_what_stands_around_them(store: SearchStore, start: Start) -> None:
+    rows = conversation(store, *TALK)
+    store.update(rows[2], user_id="ben")
+    _, engine = start()
+    outcome = engine.search(query("kettle", VECTORS[40], explain=True, filter={"user_id": "ben"}))
+    assert ids(outcome) == [rows[2]] and (outcome.hits[0].parts or {})["keyword"] > 0.0
+
+
+@pytest.mark.parametrize("hidden", [{"state": "archived", "archived_at": NOW_S}, {"expires_at": NOW_S - 1.0}])
+def test_what_is_archived_or_expired_gives_no_evidence(
+    store: SearchStore, start: Start, hidden: dict[str, Any]
+) -> None:
+    rows = conversation(store, *TALK)
+    store.update(rows[1], **hidden)
+    _, engine = start()
+    outcome = engine.search(query("kettle", VECTORS[40], k=20, explain=True))
+    assert rows[1] not in ids(outcome)
+    assert all((hit.parts or {})["keyword"] == 0.0 for hit in outcome.hits)
+
+
+def test_a_day_in_the_question_finds_what_occurred_then(store: SearchStore, start: Start) -> None:
+    day_s = 86_400.0
+    rows = [store.add("we met", VECTORS[0], occurred_at=NOW_S - days * day_s) for days in (0, 100, 200)]
+    _, engine = start()
+    outcome = engine.search(query("who met on 6 August 2023", VECTORS[0], explain=True))  # NOW_S is 14 November 2023
+    assert ids(outcome)[0] == rows[1] and (outcome.hits[0].parts or {})["date"] == 1.0

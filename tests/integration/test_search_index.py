@@ -17,17 +17,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from memory_system.search import snapshot
-from memory_system.search.columns import Columns, Row
+from memory_system.search import graph_file
+from memory_system.search.graph import Part, empty_graph
 from memory_system.search.index import SearchIndex
+from memory_system.search.manifest import SnapshotRefused, describe, digest_of
 from memory_system.search.scope import Scope
-from memory_system.search.vectors import GRAPH_BATCH, VectorIndex, new_graph
 from memory_system.settings import SearchSettings
 from tests.support.search_store import DIMENSION, MODEL, NOW_S, SearchStore, open_store, unit_vectors, wait_until
 
-SETTINGS = SearchSettings(exact_max=100, hnsw_m=8, hnsw_ef_construction=60, hnsw_ef=80)
+SETTINGS = SearchSettings(exact_max=100, graph_from=200, hnsw_m=8, hnsw_ef_construction=60, hnsw_ef=80)
 SCOPE = Scope("default", NOW_S)
-IDENTITY = snapshot.Identity("epoch-1", MODEL, DIMENSION, 8, 60)
+IDENTITY = graph_file.Identity("epoch-1", MODEL, DIMENSION, 8, 60)
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def caught_up(store: SearchStore, index: SearchIndex) -> None:
 
 def linked(index: SearchIndex) -> int:
     with index.reading() as view:
-        return int(view.vectors.in_graph.sum()) if view and view.vectors else -1
+        return view.vectors.graph.count if view and view.vectors else -1
 
 
 def nearest(index: SearchIndex, vector: np.ndarray, k: int = 10) -> list[int]:
@@ -89,6 +89,10 @@ def snapshot_of(store: SearchStore, open_index: Open, count: int = 300) -> tuple
     wait_until(lambda: linked(index) == count)
     index.close()
     return rows, vectors, Path(f"{store.path}.index")
+
+
+def graph_files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("words"))
 
 
 def test_what_is_missing_is_reported_once_and_in_order(store: SearchStore, open_index: Open) -> None:
@@ -230,48 +234,63 @@ def test_an_unexpected_error_is_survived(store: SearchStore) -> None:
 # ---- the graph ----
 
 
-def test_an_unfinished_graph_loses_nothing(store: SearchStore) -> None:
-    vectors = unit_vectors(4000)
-    columns = Columns()
-    index = VectorIndex(columns, DIMENSION, SETTINGS)
-    rows = list(range(1, 4001))
-    for row, vector in zip(rows, vectors, strict=True):
-        slot = columns.put(Row(row, "default", "t", "short", "active", None, None, None, None, bytes(15) + b"1"))
-        index.put(slot, vector)
-    mask = columns.mask(SCOPE)
-    assert mask is not None
-    queries = unit_vectors(40, seed=5)
-    for share in (0, 1000, 2400, 3984, 4000):
-        while (done := int(index.in_graph.sum())) < share:
-            slots, batch = index.unlinked(min(GRAPH_BATCH, share - done))
-            index.link(slots, batch)
-            index.in_graph[slots] = True
-        found = [columns.row_ids[index.search(query, mask, 10)[0]].tolist() for query in queries]
-        hits = [len(set(f) & set(exact(rows, vectors, q))) for f, q in zip(found, queries, strict=True)]
-        assert sum(hits) / (10 * len(queries)) >= 0.98, share
-
-
 def test_a_restart_takes_the_graph_over(store: SearchStore, open_index: Open) -> None:
     rows, vectors, folder = snapshot_of(store, open_index)
-    before = sorted(path.name for path in folder.iterdir())
-    assert len(before) == 3
+    before = graph_files(folder)
+    assert len(before) == 4
     kept = unit_vectors(1, seed=77)[0]
     store.delete(rows[0])
     store.update(rows[1], content="changed")
     store.update(rows[2], content="changed and embedded")
     store.embed(rows[2], kept)
     extra = store.add("extra", kept)
-    index = SearchIndex(SETTINGS, store.path, store.connect)
-    index.set_model(MODEL, DIMENSION)
-    index.start()
-    caught_up(store, index)
-    wait_until(lambda: linked(index) == 299)
+    index = open_index()
+    assert linked(index) == 297  # nothing had to be added
     assert set(nearest(index, kept, 2)) == {rows[2], extra}
     assert set(nearest(index, vectors[0], 299)) == {*rows[2:], extra}
+    assert index.save_soon().result(10) and graph_files(folder) == before, "words alone have changed"
+
+
+def test_a_part_is_written_once_and_a_new_one_beside_it(store: SearchStore, open_index: Open) -> None:
+    rows, vectors, folder = snapshot_of(store, open_index)
+    before = {name: (folder / name).stat().st_mtime_ns for name in graph_files(folder) if name.startswith("graph")}
+    more = unit_vectors(120, seed=5)
+    index = open_index()
+    rows += store.add_many([f"more {n}" for n in range(120)], more)
+    index.notify()
+    wait_until(lambda: linked(index) == 420)
+    assert index.save_soon().result(10)
+    after = {name: (folder / name).stat().st_mtime_ns for name in graph_files(folder) if name.startswith("graph")}
+    assert len(after) == 2 and before.items() <= after.items()
     index.close()
-    assert sorted(path.name for path in folder.iterdir()) != before
     again = open_index()
-    assert linked(again) == 299  # nothing had to be added
+    assert linked(again) == 420 and recall(again, rows, np.concatenate([vectors, more])) >= 0.98
+
+
+def test_a_snapshot_half_written_leaves_the_old_one(
+    store: SearchStore, open_index: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, vectors, folder = snapshot_of(store, open_index)
+    before = graph_files(folder)
+    index = open_index()
+    more = unit_vectors(120, seed=5)
+    rows += store.add_many([f"more {n}" for n in range(120)], more)
+    monkeypatch.setattr(graph_file.manifest, "publish", _fails)
+    index.notify()
+    wait_until(lambda: linked(index) == 420)
+    index.save_soon().result(10)
+    index.close()
+    assert set(before) < set(graph_files(folder)), "the new part is there, and no manifest names it"
+    monkeypatch.undo()
+    again = open_index()
+    assert linked(again) >= 300 and recall(again, rows, np.concatenate([vectors, more])) >= 0.98
+    wait_until(lambda: linked(again) == 420)
+    assert again.save_soon().result(10)
+    assert len([name for name in graph_files(folder) if name.startswith("graph")]) == 2, "what was left is removed"
+
+
+def _fails(*_: object) -> None:
+    raise OSError("no space left on device")
 
 
 @pytest.mark.parametrize("what", ["epoch", "model", "parameters", "missing", "rows", "newer", "format"])
@@ -288,7 +307,7 @@ def test_a_snapshot_that_does_not_fit_is_built_anew(store: SearchStore, open_ind
     elif what == "missing":
         next(folder.glob("graph-*")).unlink()
     elif what == "rows":
-        rewrite(folder, rows_bytes=lambda data: data[:-24] + (10**9).to_bytes(8, "little") + data[-16:])
+        rewrite(folder, rows_bytes=lambda data: data[:-24])
     elif what == "newer":
         rewrite(folder, seq=10**9)
     else:
@@ -300,27 +319,33 @@ def test_a_snapshot_that_does_not_fit_is_built_anew(store: SearchStore, open_ind
 
 def rewrite(folder: Path, rows_bytes: Callable[[bytes], bytes] | None = None, **changes: Any) -> None:
     """Alter a snapshot so that all of its digests are right."""
-    manifest = json.loads((folder / snapshot.MANIFEST).read_text())
+    manifest = json.loads((folder / graph_file.MANIFEST).read_text())
     manifest.pop("digest")
     manifest.update(changes)
-    for entry in manifest["files"].values():
+    for entry in [manifest["axes"], *(entry for part in manifest["parts"] for entry in part.values())]:
         path = folder / entry["name"]
         if rows_bytes is not None and path.name.startswith("rows-"):
             path.write_bytes(rows_bytes(path.read_bytes()))
-        entry.update(snapshot._describe(path))
-    digest = snapshot._body_digest(manifest)
-    (folder / snapshot.MANIFEST).write_text(json.dumps({**manifest, "digest": digest}))
+        entry.update(describe(path))
+    digest = digest_of(manifest)
+    (folder / graph_file.MANIFEST).write_text(json.dumps({**manifest, "digest": digest}))
+
+
+def part_of(count: int, length: int = DIMENSION) -> Part:
+    graph = empty_graph(length)
+    graph.init_index(count, M=8, ef_construction=60, random_seed=100)
+    graph.add_items(unit_vectors(count, length), np.arange(count))
+    return Part(graph, np.full(count, -1, np.int32), np.arange(count), np.zeros(count, "V16"))
+
+
+AXES = np.eye(DIMENSION, dtype=np.float32)
 
 
 def test_every_damaged_byte_is_noticed_before_the_load(tmp_path: Path) -> None:
-    vectors = unit_vectors(50)
-    graph = new_graph(SETTINGS, DIMENSION, 64)
-    graph.add_items(vectors, np.arange(50))
-    rows = np.zeros(50, snapshot.ROWS_DTYPE)
-    rows["row_id"] = np.arange(50)
-    snapshot.save(tmp_path, graph, rows, IDENTITY, 5)
-    loaded, table = snapshot.load(tmp_path, IDENTITY, 5)
-    assert loaded.get_current_count() == 50 and table["row_id"].tolist() == list(range(50))
+    graph_file.write(tmp_path, AXES, [part_of(50)], IDENTITY, 5)
+    axes, (part,) = graph_file.load(tmp_path, IDENTITY, 5)
+    assert part.graph.get_current_count() == 50 and part.row_ids.tolist() == list(range(50))
+    assert np.array_equal(axes, AXES)
     for path in sorted(tmp_path.iterdir()):
         good = path.read_bytes()
         spots = range(len(good)) if path.suffix == ".json" else [*range(96), *range(96, len(good), 97)]
@@ -332,14 +357,14 @@ def test_every_damaged_byte_is_noticed_before_the_load(tmp_path: Path) -> None:
             path.write_bytes(damaged)
             if damaged.strip(b"\0") == good:
                 continue
-            with pytest.raises(snapshot.SnapshotRefused):
-                snapshot.load(tmp_path, IDENTITY, 5)
+            with pytest.raises(SnapshotRefused):
+                graph_file.load(tmp_path, IDENTITY, 5)
         path.write_bytes(good)
-    snapshot.load(tmp_path, IDENTITY, 5)
-    snapshot.discard(tmp_path)
+    graph_file.load(tmp_path, IDENTITY, 5)
+    graph_file.discard(tmp_path)
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(snapshot.SnapshotRefused, match="none"):
-        snapshot.load(tmp_path, IDENTITY, 5)
+    with pytest.raises(SnapshotRefused, match="none"):
+        graph_file.load(tmp_path, IDENTITY, 5)
 
 
 def _flipped(data: bytes, at: int) -> bytes:
@@ -347,13 +372,11 @@ def _flipped(data: bytes, at: int) -> bytes:
 
 
 def test_a_wrong_dimension_with_valid_digests_is_refused(tmp_path: Path) -> None:
-    graph = new_graph(SETTINGS, 8, 64)
-    graph.add_items(unit_vectors(20, 8), np.arange(20))
-    rows = np.zeros(20, snapshot.ROWS_DTYPE)
-    rows["row_id"] = np.arange(20)
-    snapshot.save(tmp_path, graph, rows, IDENTITY, 5)  # the manifest claims another dimension than the file has
-    with pytest.raises(snapshot.SnapshotRefused, match="header"):
-        snapshot.load(tmp_path, IDENTITY, 5)
+    graph_file.write(
+        tmp_path, AXES, [part_of(20, 8)], IDENTITY, 5
+    )  # the axes are for another length than the graph has
+    with pytest.raises(SnapshotRefused, match="header"):
+        graph_file.load(tmp_path, IDENTITY, 5)
 
 
 def test_a_header_that_lies_under_valid_digests_is_refused_or_harmless(tmp_path: Path) -> None:
@@ -362,24 +385,18 @@ def test_a_header_that_lies_under_valid_digests_is_refused_or_harmless(tmp_path:
         """
         import sys
         from pathlib import Path
-        import numpy as np
-        from memory_system.search import snapshot
-        from tests.integration.test_search_index import IDENTITY, SETTINGS, _flipped, new_graph, rewrite, unit_vectors
+        from memory_system.search import graph_file
+        from tests.integration.test_search_index import AXES, IDENTITY, _flipped, part_of, rewrite
         folder = Path(sys.argv[1])
-        vectors = unit_vectors(50)
-        graph = new_graph(SETTINGS, 16, 64)
-        graph.add_items(vectors, np.arange(50))
-        rows = np.zeros(50, snapshot.ROWS_DTYPE)
-        rows["row_id"] = np.arange(50)
-        snapshot.save(folder, graph, rows, IDENTITY, 5)
+        graph_file.write(folder, AXES, [part_of(50)], IDENTITY, 5)
         path = next(folder.glob("graph-*"))
         good = path.read_bytes()
         for at in range(48):
             path.write_bytes(_flipped(good, at))
             rewrite(folder)
             try:
-                snapshot.load(folder, IDENTITY, 5)
-            except snapshot.SnapshotRefused:
+                graph_file.load(folder, IDENTITY, 5)
+            except graph_file.SnapshotRefused:
                 continue
         """
     )
@@ -389,9 +406,9 @@ def test_a_header_that_lies_under_valid_digests_is_refused_or_harmless(tmp_path:
 
 def test_a_folder_that_cannot_be_written_costs_only_the_snapshot(store: SearchStore, open_index: Open) -> None:
     Path(f"{store.path}.index").write_text("in the way")
-    vectors = unit_vectors(150)
-    rows = store.add_many([f"text {n}" for n in range(150)], vectors)
+    vectors = unit_vectors(250)
+    rows = store.add_many([f"text {n}" for n in range(250)], vectors)
     index = open_index()
-    wait_until(lambda: linked(index) == 150)
+    wait_until(lambda: linked(index) == 250)
     index.close()
     assert nearest(index, vectors[3], 1) == [rows[3]]

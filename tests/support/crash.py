@@ -185,14 +185,9 @@ def check(database: Path, journals: list[list[Entry]]) -> Findings:
 
 
 def damage(db: sqlite3.Connection) -> list[str]:
-    """What the database's own checks find: pages, foreign keys, full text, vectors, log."""
+    """What the database's own checks find: pages, foreign keys, vectors, log."""
     found = [text for (text,) in db.execute("PRAGMA integrity_check") if text != "ok"]
     found += [f"foreign key: {row}" for row in db.execute("PRAGMA foreign_key_check")]
-    try:
-        db.execute("INSERT INTO memory_fts (memory_fts, rank) VALUES ('integrity-check', 1)")
-    except sqlite3.DatabaseError as error:
-        found.append(f"full text: {error}")
-    db.rollback()
     for row_id, content, digest, vector_digest, vector in db.execute(
         "SELECT m.row_id, m.content, m.content_digest, e.digest, e.vector FROM memories m "
         "LEFT JOIN embeddings e ON e.row_id = m.row_id"

@@ -22,8 +22,10 @@ import pytest
 
 from memory_system import dispatch
 from memory_system.runtime import Runtime
+from memory_system.search import feed
 from memory_system.service import runs
 from memory_system.settings import load_settings
+from memory_system.storage.database import connect_reader
 from tests.support.process import PROJECT, Orchestrator, Peer, free_port, running_orchestrator, wait_until
 from tests.support.wire import ENCODINGS, Reply, check_shape, decode, encode, envelope, environment, request_id
 
@@ -123,6 +125,15 @@ class Service:
     def count(self, table: str) -> int:
         number: int = self.rows(f"SELECT count(*) FROM {table}")[0][0]
         return number
+
+    def texts_with(self, word: str, namespace: str = "default") -> int:
+        """How many texts the index of words has with a word, in the present state of the database."""
+        index = self.runtime._index
+        with contextlib.closing(connect_reader(self.path)) as db, feed.snapshot(db):
+            assert index.catch_up(db)
+        with index.reading() as view:
+            assert view is not None
+            return int(view.words.prepare(namespace, word).found_in.max(initial=0))
 
     async def settled(self) -> None:
         """Return when every memory of the default namespace has its vector."""

@@ -190,10 +190,12 @@ def python_blocks(page: Path) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md", "docs/search.md"])
 def test_the_examples_run(page: str, tmp_path: Path) -> None:
     blocks = python_blocks(PROJECT / page)
     assert blocks
+    if page == "docs/search.md":  # one program, told in parts
+        blocks = ["\n".join(blocks)]
     with running_orchestrator(tmp_path) as orchestrator:
         for block in blocks:
             code = block.replace("tcp://127.0.0.1:7140", orchestrator.address)

@@ -13,11 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memory_system.digest import content_digest
-from memory_system.embedding import StubEmbedder, frames, model
+from memory_system.embedding import StubEmbedder, encoders, frames, model
 from memory_system.embedding.backlog import RowBacklog
 from memory_system.embedding.pace import Pace, cost
 from memory_system.embedding.strikes import STRIKES, Strikes
-from memory_system.embedding.worker import auto_threads
 from memory_system.errors import ConfigError
 
 
@@ -144,9 +143,13 @@ def test_the_stub_is_the_same_in_every_process_and_of_any_dimension() -> None:
     assert asyncio.run(encode(700)).shape == (3, 700)
 
 
-@pytest.mark.parametrize(("cpus", "threads"), [(1, 1), (2, 1), (4, 2), (8, 4), (64, 4)])
-def test_automatic_threads_leave_the_service_a_processor(cpus: int, threads: int) -> None:
-    assert auto_threads(cpus) == threads
+@pytest.mark.parametrize(("cpus", "torch", "ctranslate2"), [(1, 1, 1), (2, 1, 2), (4, 2, 4), (8, 4, 4), (64, 4, 4)])
+def test_automatic_threads_by_processors(cpus: int, torch: int, ctranslate2: int) -> None:
+    assert encoders.threads(0, cpus) == encoders.Threads(torch, ctranslate2)
+
+
+def test_a_number_of_threads_that_is_given_holds() -> None:
+    assert encoders.threads(3, 64) == encoders.Threads(3, 3)
 
 
 class TestResolve:

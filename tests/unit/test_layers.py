@@ -24,6 +24,7 @@ LAYERS = (
         "health_settings",
         "lifecycle_settings",
         "maintenance_settings",
+        "ranking_settings",
         "scheduler_settings",
         "settings",
         "utterance_settings",
@@ -38,6 +39,7 @@ LAYERS = (
         "client_core",
         "client_link",
         "client_pipe",
+        "client_search",
         "client_fixed",
         "client_api",
         "memory_client",
@@ -46,7 +48,18 @@ LAYERS = (
     ("program", "reporting", "metrics", "metrics_server"),
     ("agents",),
     ("scheduling", "memory_scheduler"),
-    ("params", "admin_models", "export_models", "models", "filters", "decoding", "line_reader", "calls", "cursors"),
+    (
+        "params",
+        "admin_models",
+        "export_models",
+        "search_models",
+        "models",
+        "filters",
+        "decoding",
+        "line_reader",
+        "calls",
+        "cursors",
+    ),
     ("lifecycle", "consolidation", "storage", "cache", "embedding", "access", "clock_guard"),
     ("search",),
     ("service", "housekeeping", "health"),
@@ -58,6 +71,7 @@ RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 SERVICE = {
     "params",
     "admin_models",
+    "search_models",
     "models",
     "filters",
     "decoding",
@@ -82,7 +96,18 @@ STRANGERS = {
     "runtime": {"health"},
     "orchestrator": {"health"},
 }
-SERVER_ONLY = ("msgspec", "numpy", "torch", "aiosqlite", "redis", "hnswlib", "uvloop", "sqlite3", "prometheus_client")
+SERVER_ONLY = (
+    "msgspec",
+    "numpy",
+    "torch",
+    "aiosqlite",
+    "redis",
+    "hnswlib",
+    "ctranslate2",
+    "uvloop",
+    "sqlite3",
+    "prometheus_client",
+)
 # What the programs of agents are built of.
 FOR_AGENTS = ("actions", "program", "reporting", "error_bus", "heartbeat", "bus_log", "bus_reader", "metrics")
 

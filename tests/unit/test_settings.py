@@ -117,7 +117,7 @@ def test_variables_are_yaml_except_for_text(variable: str, text: str, expected: 
         ("storage:\n  idempotency: 1\n", ["storage.idempotency = 1: expected true or false"]),
         ("security:\n  insecure_peers: 10.0.0.0/8\n", ["security.insecure_peers = '10.0.0.0/8': expected a list"]),
         ("security:\n  insecure_peers: [10.0.0.1/8]\n", ["security.insecure_peers", "no host bits"]),
-        ("search:\n  dense_weight: 0\n  keyword_weight: 0\n", ["search.dense_weight", "search.keyword_weight"]),
+        ("ranking:\n  dense_weight: 0\n  keyword_weight: 0\n", ["ranking.dense_weight", "ranking.keyword_weight"]),
         ("limits:\n  max_in_flight: 8\n", ["limits.max_in_flight_per_client = 64", "limits.max_in_flight = 8"]),
         ("network:\n  port: [1\n", ["my.yaml:3: not valid YAML"]),
         ("network:\n\tport: 1\n", ["my.yaml:2: not valid YAML"]),

@@ -1,0 +1,87 @@
+"""Rows of numbers by slot, in blocks: more rows never move those that are there, so growth stalls nobody."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
+Slots = npt.NDArray[np.int64]
+
+_ROWS: Final = 1 << 16
+# Rows copied together before they are multiplied: they stay in the processor's cache.
+_TOGETHER: Final = 1024
+
+
+class Blocks:
+    """Float32 rows of one width. Memory is taken as rows are written. Not thread-safe."""
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+        self._blocks: list[Floats] = []
+
+    def __repr__(self) -> str:
+        return f"<Blocks width={self.width} blocks={len(self._blocks)}>"
+
+    def put(self, slot: int, row: Floats) -> None:
+        self._reserve(slot)
+        self._blocks[slot // _ROWS][slot % _ROWS] = row
+
+    def put_each(self, slots: Slots, rows: Floats) -> None:
+        """Write rows of ascending slots."""
+        if len(slots):
+            self._reserve(int(slots[-1]))
+            for block, base, part in self._parts(slots):
+                first, last = int(slots[part.start]) - base, int(slots[part.stop - 1]) - base
+                whole = last - first + 1 == part.stop - part.start
+                block[slice(first, last + 1) if whole else slots[part] - base] = rows[part]
+
+    def row(self, slot: int) -> Floats:
+        row: Floats = self._blocks[slot // _ROWS][slot % _ROWS]
+        return row
+
+    def rows(self, slots: Slots) -> Floats:
+        """Copies of the rows of ascending slots: [slots, width]."""
+        found = np.empty((len(slots), self.width), np.float32)
+        for block, base, part in self._parts(slots):
+            block.take(slots[part] - base, axis=0, out=found[part], mode="clip")
+        return found
+
+    def products(self, query: Floats, first: int, end: int) -> Floats:
+        """The inner products of the query with the rows of all slots from `first` up to `end`; 0 for those never
+        written."""
+        found = np.zeros(max(0, end - first), np.float32)
+        for at in range(first // _ROWS, min(len(self._blocks), -(-end // _ROWS))):
+            begin, stop = max(first, at * _ROWS), min(end, (at + 1) * _ROWS)
+            rows = self._blocks[at][begin - at * _ROWS : stop - at * _ROWS]
+            np.dot(rows, query, out=found[begin - first : stop - first])
+        return found
+
+    def products_of(self, query: Floats, slots: Slots) -> Floats:
+        """The inner products of the query with the rows of ascending slots."""
+        found = np.empty(len(slots), np.float32)
+        for start in range(0, len(slots), _TOGETHER):
+            part = slice(start, start + _TOGETHER)
+            np.dot(self.rows(slots[part]), query, out=found[part])
+        return found
+
+    def _parts(self, slots: Slots) -> list[tuple[Floats, int, slice]]:
+        """Each block that some of the ascending slots are in, its first slot, and which of them are."""
+        if not len(slots):
+            return []
+        first, last = int(slots[0]) // _ROWS, int(slots[-1]) // _ROWS
+        if first == last:
+            return [(self._blocks[first], first * _ROWS, slice(0, len(slots)))]
+        cuts = [0, *np.searchsorted(slots, np.arange(first + 1, last + 1) * _ROWS).tolist(), len(slots)]
+        return [
+            (self._blocks[at], at * _ROWS, slice(cuts[at - first], cuts[at - first + 1]))
+            for at in range(first, last + 1)
+            if cuts[at - first] < cuts[at - first + 1]
+        ]
+
+    def _reserve(self, slot: int) -> None:
+        while slot >= len(self._blocks) * _ROWS:
+            # Zeroed by the system, which gives pages only where rows are written.
+            self._blocks.append(np.zeros((_ROWS, self.width), np.float32))
