@@ -7,7 +7,8 @@
           + recency_weight * 0.5 ** (age / half life)
 
 A turn says little alone: what was asked before it and answered after it belongs to it, and a session that was about
-the question's subject has more to tell of it.
+the question's subject has more to tell of it. The search's score has both in it already, so their weights here are 0
+unless a search does without.
 
 Without a query, relevance is 0 for all, and importance and recency decide.
 

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """How much of what a question needs the searches find, and how long a caller waits.
 
-    python bench/retrieval.py [FILE] [--conversations N|all] [--set SECTION.KEY=VALUE ...]
+    python bench/retrieval.py [FILE] [--conversations N|all] [--flat] [--set SECTION.KEY=VALUE ...]
 
 FILE is in the LoCoMo format (examples/locomo.py). A service of its own, with the real model, holds all conversations in
 one namespace: a memory for each turn, a session as its parent, in order. Each question is asked in the modes dense,
-keyword and hybrid (the default), and filtered by its conversation. Evidence are the turns that hold the answer:
+keyword and hybrid (the default), and filtered by its conversation. With `--flat` no turn has a parent: so the searches
+know of no conversation. Evidence are the turns that hold the answer:
 
 - recall@k: the share of a question's evidence among the first k results, its mean over the questions;
 - hit@10: the share of questions of which any evidence is among the first ten;
@@ -73,6 +74,8 @@ def main() -> int:
                 with MemoryClient(
                     server.endpoint, namespace="bench", timeout_ms=CALL_MS, raise_on_error=True
                 ) as client:
+                    keep = _store_flat if options.flat else store.store_all
+                    keep(client, conversations, report)
                     return _measure(client, conversations, report)
     except (locomo.BadFile, ServerFailure, MemorySystemError) as error:
         return report.fail(str(error), 2)
@@ -82,6 +85,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure what the searches find.")
     parser.add_argument("file", type=Path, nargs="?", help="conversations in the LoCoMo format")
     parser.add_argument("--conversations", type=_number, default=None, metavar="N|all", help="how many of the file")
+    parser.add_argument("--flat", action="store_true", help="store the turns without parents")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="a setting to try")
     options = parser.parse_args()
     if any("=" not in pair for pair in options.set):
@@ -93,8 +97,19 @@ def _number(text: str) -> int | None:
     return None if text == "all" else int(text)
 
 
+def _store_flat(client: MemoryClient, conversations: list[Conversation], report: Report) -> None:
+    turns = [
+        {"content": turn.content, "user_id": each.sample_id, "metadata": {"dia_id": turn.dia_id}}
+        for each in conversations
+        for session in each.sessions
+        for turn in session.turns
+    ]
+    with report.bar("storing turns", len(turns)) as advance:
+        for start in range(0, len(turns), store.BATCH):
+            advance(client.batch_add_memories(turns[start : start + store.BATCH])["count"])
+
+
 def _measure(client: MemoryClient, conversations: list[Conversation], report: Report) -> int:
-    store.store_all(client, conversations, report)
     store.wait_for_vectors(client, report)
     questions = [(each.sample_id, question) for each in conversations for question in each.questions]
     if not questions:

@@ -69,11 +69,16 @@ class ContextManagerSettings:
         unit="memories",
         span=(1, 1000),
     )
+    # The search's score has both in it since it judges a turn with those around it: see docs/decisions.md.
     neighbour_weight: float = key(
-        0.4, "How much a memory counts for those said just before and after it.", span=(0, 10)
+        0.0,
+        "How much a memory counts for those said just before and after it, beyond the search's score.",
+        span=(0, 10),
     )
     session_weight: float = key(
-        0.3, "How much the best of a session count for everything that was said in it.", span=(0, 10)
+        0.0,
+        "How much the best of a session count for everything that was said in it, beyond the search's score.",
+        span=(0, 10),
     )
     importance_weight: float = key(0.1, "How much a memory's own importance counts.", span=(0, 10))
     recency_weight: float = key(0.1, "How much it counts that a memory is new.", span=(0, 10))

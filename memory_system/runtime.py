@@ -185,14 +185,9 @@ class Runtime:
             on_backfill=partial(self._soon, self._embedding.backfill),
             on_advance=partial(self._soon, self._on_advance),
         )
+        query_s = settings.limits.query_s
         self._engine = SearchEngine(
-            settings.search,
-            settings.lifecycle,
-            self._path,
-            self._index,
-            connect,
-            query_s=settings.limits.query_s,
-            weights=settings.ranking,
+            settings.search, settings.lifecycle, self._path, self._index, connect, query_s, settings.ranking
         )
         self._own_writes = OwnWrites(self._index.has_vector)
         self._closers += [

@@ -209,7 +209,7 @@ class SearchSettings:
         span=(0, 10_000_000),
     )
     graph_from: int = key(
-        500_000,
+        2_000_000,
         "From this many memories on a graph is built, for searches whose filter lets most of them pass.",
         unit="memories",
         span=(1, 1_000_000_000),

@@ -7,6 +7,7 @@ seconds that a start with CTranslate2 does not need.
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -102,7 +103,8 @@ class TorchEncoder:
 def load(source: Source, backend: str, given: Threads) -> tuple[Encoder, str]:
     """Load the model with what `backend` names, and return it with its id. Raises ConfigError when that cannot be.
 
-    "auto": a GPU where PyTorch can use one, else CTranslate2 for the models it takes, else PyTorch on the processor.
+    "auto": a GPU where PyTorch can use one, else CTranslate2 for the models it takes and can load, else PyTorch on the
+    processor.
     """
     encoder = _choose(source, backend, given)
     loaded = encoder.transformer if isinstance(encoder, TorchEncoder) else None
@@ -131,7 +133,12 @@ def _choose(source: Source, backend: str, given: Threads) -> Encoder:
 def _automatic(source: Source, given: Threads) -> Encoder:
     if any(map(Path.exists, _GPU_DEVICES)) and _gpu():
         return TorchEncoder(source, "cuda", "", given.torch)
-    return TorchEncoder(source, "cpu", "", given.torch) if why_not_ctranslate2(source) else _bert(source, given)
+    if not why_not_ctranslate2(source):
+        try:
+            return _bert(source, given)
+        except ConfigError as error:  # such as no room for the files that the library reads
+            sys.stderr.write(f"PyTorch runs the model, as CTranslate2 cannot: {error.message}\n")
+    return TorchEncoder(source, "cpu", "", given.torch)
 
 
 def why_not_ctranslate2(source: Source) -> str:

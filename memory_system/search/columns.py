@@ -65,8 +65,7 @@ class Columns:
 
     def slots(self, row_ids: Iterable[int]) -> Ids:
         """The slots of those of the rows that are held, in the order given."""
-        get = self._slots.get
-        return np.array([slot for row_id in row_ids if (slot := get(row_id)) is not None], np.int64)
+        return np.array([slot for row_id in row_ids if (slot := self._slots.get(row_id)) is not None], np.int64)
 
     def namespaces(self, slots: npt.NDArray[np.integer[Any]]) -> tuple[list[str], Codes]:
         """Names, and for each slot which of them is its row's."""
@@ -88,26 +87,44 @@ class Columns:
     def put(self, row: Row) -> int:
         """Insert or replace a row; its slot. A changed content takes the vector away."""
         slot = self._slots.get(row.row_id)
+        known = slot is not None
         if slot is None:
             slot = self._new_slot(row.row_id)
         else:
-            self._leave(slot)
+            self._count_lacking(slot, -int(not self.has_vector[slot]))
+            self._expiring -= bool(np.isfinite(self._expires[slot]))
         if self.digests[slot].tobytes() != row.digest:
             self.has_vector[slot] = False
             self.digests[slot] = np.void(row.digest)
         self._expires[slot] = np.inf if row.expires_at is None else row.expires_at
         self._expiring += row.expires_at is not None
         self.occurred_at[slot] = np.nan if row.occurred_at is None else row.occurred_at
-        self.happened_at[slot] = row.created_at if row.occurred_at is None else row.occurred_at
-        for name, coding in self._codings.items():
-            value = dig(row.metadata, name) if isinstance(name, tuple) else getattr(row, name)
-            self._codes[name][slot] = coding.take(value)
-        if row.parent_id is not None:
-            self.siblings.add(slot, self._family(slot), float(self.happened_at[slot]), row.row_id)
+        self._place(slot, row, known)
         self._alive[slot] = True
         self._count_lacking(slot, int(not self.has_vector[slot]))
         self._kept.note(slot)
         return slot
+
+    def _place(self, slot: int, row: Row, known: bool) -> None:
+        """Write a row's values, and put it among its siblings. Mostly what is put again has only got its vector."""
+        happened_at = row.created_at if row.occurred_at is None else row.occurred_at
+        moves = not known or self.happened_at[slot] != happened_at
+        family = self._family(slot)
+        for name, coding in self._codings.items():
+            value = dig(row.metadata, name) if isinstance(name, tuple) else getattr(row, name)
+            codes = self._codes[name]
+            if known:
+                if value.__class__ is str and coding.values[codes[slot]] == value:
+                    continue
+                moves = moves or name in ("namespace", "parent_id")
+                coding.give_back(int(codes[slot]))
+            codes[slot] = coding.take(value)
+        if moves:
+            if known:
+                self.siblings.remove(slot, family)
+            self.happened_at[slot] = happened_at
+            if row.parent_id is not None:
+                self.siblings.add(slot, self._family(slot), happened_at, row.row_id)
 
     def extend(self, rows: Rows) -> Ids:
         """Insert many rows, none of which is held, into columns from which none was ever removed; their slots, in
@@ -176,8 +193,8 @@ class Columns:
 
     def missing(self) -> list[int]:
         """The row ids without a vector, newest first."""
-        rows = self.row_ids[: self._top][self._alive[: self._top] & ~self.has_vector[: self._top]]
-        return sorted(rows.tolist(), reverse=True)
+        lacking = self._alive[: self._top] & ~self.has_vector[: self._top]
+        return sorted(self.row_ids[: self._top][lacking].tolist(), reverse=True)
 
     def covers(self, node: Filter) -> bool:
         """Whether every field that the filter names is held here."""
@@ -193,21 +210,8 @@ class Columns:
             return None
         # 1 and True are equal, and mean different things in a filter: their texts differ.
         key = (scope.namespace, repr(scope.filter), scope.include_archived, scope.since_s, scope.until_s)
-        allowed = self._kept.get(key, lambda where: self._allowed(scope, where), self._top)
+        allowed = self._kept.get(key, lambda where: _allowed(self, scope, where), self._top)
         return allowed & (self._expires[: self._top] > scope.now_s) if self._expiring else allowed
-
-    def _allowed(self, scope: Scope, where: Where) -> Mask:
-        """Which of the slots the scope lets pass, whatever expires."""
-        allowed = _filter(self, scope.filter, where)
-        allowed &= self._alive[where]
-        allowed &= _equals(self, "namespace", scope.namespace, where)
-        if not scope.include_archived:
-            allowed &= _equals(self, "state", "active", where)
-        if scope.since_s is not None:
-            allowed &= self.happened_at[where] >= scope.since_s
-        if scope.until_s is not None:
-            allowed &= self.happened_at[where] < scope.until_s
-        return allowed
 
     def visible(self, slots: Ids, scope: Scope) -> Mask:
         """Which of the slots hold a row that the scope's namespace, time and state let pass, whatever its filter."""
@@ -238,8 +242,7 @@ class Columns:
         self._lacking[code] += change
 
     def _count_all_lacking(self) -> None:
-        top = self._top
-        codes = self._codes["namespace"][:top][self._alive[:top] & ~self.has_vector[:top]]
+        codes = self._codes["namespace"][: self._top][self._alive[: self._top] & ~self.has_vector[: self._top]]
         self._lacking = np.bincount(codes, minlength=8)
 
     def _new_slot(self, row_id: int) -> int:
@@ -255,14 +258,11 @@ class Columns:
         return slot
 
     def _grow(self) -> None:
-        def doubled(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-            return np.concatenate([array, np.zeros_like(array)])
-
-        self.row_ids, self.digests = doubled(self.row_ids), doubled(self.digests)
-        self.has_vector, self._alive = doubled(self.has_vector), doubled(self._alive)
-        self._expires, self.occurred_at = doubled(self._expires), doubled(self.occurred_at)
-        self.happened_at = doubled(self.happened_at)
-        self._codes = {name: doubled(codes) for name, codes in self._codes.items()}
+        self.row_ids, self.digests = _doubled(self.row_ids), _doubled(self.digests)
+        self.has_vector, self._alive = _doubled(self.has_vector), _doubled(self._alive)
+        self._expires, self.occurred_at = _doubled(self._expires), _doubled(self.occurred_at)
+        self.happened_at = _doubled(self.happened_at)
+        self._codes = {name: _doubled(codes) for name, codes in self._codes.items()}
         self.siblings.reserve(len(self.row_ids))
 
     def _family(self, slot: int) -> int:
@@ -278,9 +278,27 @@ class Columns:
             coding.give_back(int(self._codes[name][slot]))
 
 
+def _doubled(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    return np.concatenate([array, np.zeros_like(array)])
+
+
 def _mask(array: npt.NDArray[Any]) -> Mask:
     """For the type checker: comparisons of numpy arrays are typed as Any."""
     return cast(Mask, array)
+
+
+def _allowed(columns: Columns, scope: Scope, where: Where) -> Mask:
+    """Which of the slots the scope lets pass, whatever expires."""
+    allowed = _filter(columns, scope.filter, where)
+    allowed &= columns._alive[where]
+    allowed &= _equals(columns, "namespace", scope.namespace, where)
+    if not scope.include_archived:
+        allowed &= _equals(columns, "state", "active", where)
+    if scope.since_s is not None:
+        allowed &= columns.happened_at[where] >= scope.since_s
+    if scope.until_s is not None:
+        allowed &= columns.happened_at[where] < scope.until_s
+    return allowed
 
 
 def _filter(columns: Columns, node: Filter, where: Where) -> Mask:

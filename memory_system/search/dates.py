@@ -26,11 +26,11 @@ _FORMS: Final = tuple(
         rf"\b(?P<name>{_NAME})\b\.?,?\s+(?:of\s+)?{_YEAR}\b",
     )
 )
-# Without day and year: a full name with a capital; "may" and "march" are words, too, and need a preposition.
-_BARE: Final = re.compile(
-    r"\b(?:[Ii]n|[Dd]uring|[Ss]ince|[Uu]ntil|[Bb]y|of|for|last|this)\s+"
-    rf"(?P<name>{_NAMES_LISTED.title().replace(' ', '|')})\b"
-)
+# Without day and year: a full name with a capital, behind a preposition, for "may" and "march" are words, too. Some
+# months are also people: what is "for June" or "of April" may be theirs.
+_CALENDAR: Final = r"\b(?:[Ii]n|[Dd]uring|[Ss]ince|[Uu]ntil|last|this)\s+"
+_ANY: Final = r"\b(?:[Bb]y|of|for)\s+(?!April|May|June|August)"
+_BARE: Final = re.compile(rf"(?:{_CALENDAR}|{_ANY})(?P<name>{_NAMES_LISTED.title().replace(' ', '|')})\b")
 # People tell of a day for some days after it, and of a month in the one after it.
 _TOLD_AFTER_DAYS: Final = 10
 _TOLD_AFTER: Final = 0.6

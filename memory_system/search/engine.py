@@ -137,13 +137,16 @@ class SearchEngine:
     # ---- candidates ----
 
     def _candidates(self, conn: sqlite3.Connection, query: SearchQuery) -> Pool:
-        # Both sides are scaled over the pool, so the pages of one hybrid search share one pool, and end with it.
-        depth = query.k if query.mode == "hybrid" else query.offset + query.k
+        # Where the order depends on what else is in the pool, the pages of one search share one pool, and end with it.
+        one_pool = query.mode == "hybrid" or bool(query.boost) or query.diversity > 0.0
+        depth = query.k if one_pool else query.offset + query.k
         wanted = max(self._settings.candidates, depth)
         vector = None if query.vector is None else unit(query.vector)
-        current = self._index.catch_up(conn)
+        current, target = self._index.catch_up(conn), feed.last_seq(conn)
         allowed = self._allowed_ids(conn, query.scope)
         with self._index.reading() as view:
+            # It may be another one than that which has caught up.
+            current = current and view is not None and view.seq >= target
             if view is not None:
                 pool = self._pool(view, query, vector, allowed, wanted, current)
         if view is None:
@@ -246,14 +249,15 @@ class SearchEngine:
         return mask
 
     def _rank(self, query: SearchQuery, pool: Pool, keep: Mask, importance: ranking.Floats) -> ranking.Ranked:
+        chosen = slice(None) if keep.all() else keep  # mostly all of them are, and copies cost
         return ranking.rank(
             query.mode,
-            pool.row_ids[keep],
-            pool.similarity[keep],
-            pool.bm25[keep],
+            pool.row_ids[chosen],
+            pool.similarity[chosen],
+            pool.bm25[chosen],
             self._weights,
-            None if pool.surroundings is None else pool.surroundings.of(keep),
-            boosting.added(query.boost, query.now_s, pool.happened_at[keep], importance[keep]),
+            None if pool.surroundings is None else pool.surroundings.of(chosen),
+            boosting.added(query.boost, query.now_s, pool.happened_at[chosen], importance[chosen]),
         )
 
     def _importances(self, conn: sqlite3.Connection, query: SearchQuery, pool: Pool) -> ranking.Floats:

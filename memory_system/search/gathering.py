@@ -33,15 +33,15 @@ def surroundings(view: View, query: SearchQuery, words: KeywordQuery, slots: Ids
     filter."""
     columns = view.columns
     around = columns.around(slots, _REACH)
-    texts, numbers = np.unique(around, return_inverse=True)
+    texts, numbers = _numbered(around)
     seen = columns.visible(texts, query.scope)
     seen[np.searchsorted(texts, slots)] = True
     shown = np.append(texts[seen], -1)
     place = np.full(len(texts), len(shown) - 1)
     place[seen] = np.arange(len(shown) - 1)
     return Surroundings(
-        around=place[numbers].reshape(around.shape),
-        frequencies=view.words.frequencies(words, shown),
+        around=place[numbers],
+        frequencies=view.words.frequencies(words, shown, distinct=True),
         lengths=view.words.lengths(shown),
         asks=(view.words.notes(shown) & np.uint64(notes.ASKS)) > 0,
         parents=columns.parents(slots),
@@ -50,6 +50,19 @@ def surroundings(view: View, query: SearchQuery, words: KeywordQuery, slots: Ids
         average_length=words.average_length,
         dates=dates(query.text),
     )
+
+
+def _numbered(around: Ids) -> tuple[Ids, Ids]:
+    """The distinct slots in order, and for each slot which of them it is. numpy's own `unique` takes twice as long."""
+    flat = around.ravel()
+    order = flat.argsort()
+    ordered = flat[order]
+    first = np.empty(len(flat), np.bool_)
+    first[:1] = True
+    np.not_equal(ordered[1:], ordered[:-1], out=first[1:])
+    numbers = np.empty(len(flat), np.int64)
+    numbers[order] = np.cumsum(first) - 1
+    return ordered[first], numbers.reshape(around.shape)
 
 
 def vectors(view: View | None, row_ids: Ids) -> tuple[npt.NDArray[np.float32], Mask]:

@@ -38,6 +38,8 @@ _CATCH_UP: Final = 32
 # The words of what was deleted or changed are out of the index after this much time, and off the disk with the next
 # snapshot.
 _PURGE_S: Final = 3600.0
+# What was deleted before a stop goes soon after the next start, however often there is one.
+_PURGE_AFTER_START_S: Final = 60.0
 
 
 def _ignore(_: object) -> None:
@@ -74,7 +76,7 @@ class SearchIndex:
         self._loaded = threading.Event()
         self._news = News(on_missing, on_advance)
         self._gather_s = _GATHER_S
-        self._purged_at_s = clock()
+        self._purged_at_s = clock() - _PURGE_S + _PURGE_AFTER_START_S
         self._model: tuple[str, int] | None = None
         self._state = "loading"
         self._wake = threading.Event()

@@ -82,8 +82,9 @@ class KeywordIndex(Protocol):
     def candidates(self, query: KeywordQuery, mask: Mask, row_ids: Ids, k: int) -> tuple[Ids, Floats]:
         """Up to k slots with any of the terms that the mask allows, and their BM25, best first, equal ones by row."""
 
-    def frequencies(self, query: KeywordQuery, slots: Ids) -> Floats:
-        """How often each term stands in each slot's text: [terms, slots]; 0 for a slot without text, such as -1."""
+    def frequencies(self, query: KeywordQuery, slots: Ids, distinct: bool = False) -> Floats:
+        """How often each term stands in each slot's text: [terms, slots]; 0 for a slot without text, such as -1.
+        `distinct`: no slot is named twice."""
 
     def lengths(self, slots: Ids) -> Floats:
         """The length of each slot's text in terms; 0 for a slot without text, such as -1."""
@@ -177,7 +178,9 @@ class WordIndex:
         order = best(scores, row_ids[slots], k)
         return slots[order], scores[order]
 
-    def frequencies(self, query: KeywordQuery, slots: Ids) -> Floats:
+    def frequencies(self, query: KeywordQuery, slots: Ids, distinct: bool = False) -> Floats:
+        if distinct:
+            return self.postings.frequencies(query.places, len(query.terms), slots)
         different, places = np.unique(slots, return_inverse=True)
         return self.postings.frequencies(query.places, len(query.terms), different)[:, places]
 
@@ -223,16 +226,25 @@ def _best(segment: Segment, spans: Spans, query: KeywordQuery, mask: Mask, k: in
         return counts
 
     scores = segment.scores(spans, weigh)
-    scores *= _allowed(segment, mask)
-    docs = np.flatnonzero(scores >= max(_floor(segment, spans, scores, k), _TINY))
+    docs = np.flatnonzero(scores >= max(_floor(segment, spans, scores, mask, k), _TINY))
+    docs = docs[_allows(segment, mask, docs)]
     return segment.slots[docs].astype(np.int64), scores[docs]
 
 
-def _floor(segment: Segment, spans: Spans, scores: Floats, k: int) -> float:
-    """A score that k texts reach, found without a look at all: among the texts of the rarest term that has so many."""
+def _allows(segment: Segment, mask: Mask, docs: npt.NDArray[np.integer[Any]]) -> Mask:
+    """Which of the segment's texts the mask allows."""
+    slots = segment.slots.take(docs)
+    allowed: Mask = mask.take(slots, mode="clip")
+    return allowed & (slots >= 0) if segment.gone else allowed
+
+
+def _floor(segment: Segment, spans: Spans, scores: Floats, mask: Mask, k: int) -> float:
+    """A score that k allowed texts reach: among the texts of the rarest term that has so many."""
     for _, begin, end in sorted(spans, key=lambda span: span[2] - span[1]):
         if end - begin >= k:
-            reached = scores.take(segment.docs[begin:end])
-            floor: float = np.partition(reached, len(reached) - k)[len(reached) - k].item()
-            return floor
+            docs = segment.docs[begin:end]
+            reached = scores.take(docs[_allows(segment, mask, docs)])
+            if len(reached) >= k:
+                floor: float = np.partition(reached, len(reached) - k)[len(reached) - k].item()
+                return floor
     return 0.0

@@ -56,16 +56,23 @@ def whole(manifest: Mapping[str, Any], key: str) -> int:
     return value if isinstance(value, int) else -1
 
 
+def hasher() -> hashlib.blake2b:
+    """The digest that a manifest gives of a file, to be fed."""
+    return hashlib.blake2b(digest_size=32)
+
+
 def describe(path: Path) -> dict[str, Any]:
     """What a manifest says of a file."""
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32)).hexdigest()
+        digest = hashlib.file_digest(file, hasher).hexdigest()
     return {"size": path.stat().st_size, "blake2b": digest}
 
 
 def describe_bytes(data: bytes | bytearray) -> dict[str, Any]:
     """The same of what is, or is to be, in a file."""
-    return {"size": len(data), "blake2b": hashlib.blake2b(data, digest_size=32).hexdigest()}
+    digest = hasher()
+    digest.update(data)
+    return {"size": len(data), "blake2b": digest.hexdigest()}
 
 
 def digest_of(body: Mapping[str, Any]) -> str:

@@ -77,10 +77,14 @@ class Postings:
         return held
 
     def namespace(self, name: str) -> NamespaceTexts:
+        """What is counted of a namespace. Of one without texts nothing is kept: anybody may ask for any name."""
+        return self._namespaces.get(name) or NamespaceTexts(-1, term_hash(name))
+
+    def _owner(self, name: str) -> NamespaceTexts:
+        """The namespace that is to have texts."""
         found = self._namespaces.get(name)
         if found is None:
-            found = NamespaceTexts(len(self._by_number), term_hash(name))
-            self._namespaces[name] = found
+            found = self._namespaces[name] = NamespaceTexts(len(self._by_number), term_hash(name))
             self._by_number.append(found)
         return found
 
@@ -99,7 +103,8 @@ class Postings:
             self._merge_small()
 
     def _keys(self, namespaces: Sequence[str], hashes: Hashes, counts: Numbers) -> Hashes:
-        of_text = np.array([self.namespace(name).hash for name in namespaces], np.uint64)
+        of_name = {name: self.namespace(name).hash for name in dict.fromkeys(namespaces)}
+        of_text = np.array([of_name[name] for name in namespaces], np.uint64)
         return key_of(hashes, np.repeat(of_text, counts))
 
     def adopt(
@@ -116,7 +121,7 @@ class Postings:
         terms = np.bincount(which, segment.lengths[live], len(names))
         numbers = np.zeros(len(names), np.int32)
         for at in np.flatnonzero(texts).tolist():
-            namespace = self.namespace(names[at])
+            namespace = self._owner(names[at])
             numbers[at] = namespace.number
             namespace.texts += int(texts[at])
             namespace.terms += int(terms[at])

@@ -61,7 +61,7 @@ class Surroundings:
         texts = self.around[_SELF]
         return self.frequencies[:, texts], self.lengths[texts]
 
-    def of(self, chosen: Flags) -> Surroundings:
+    def of(self, chosen: Flags | slice) -> Surroundings:
         """That of some of the memories."""
         parents, occurred_at = self.parents[chosen], self.occurred_at[chosen]
         return replace(self, around=self.around[:, chosen], parents=parents, occurred_at=occurred_at)
@@ -129,8 +129,9 @@ def rank(
         score = settings.dense_weight * dense + settings.keyword_weight * keyword
         added = _added(score, surroundings, settings)
         parts |= added
-        score = np.sum([score, *added.values()], axis=0)
-    score = np.sum([score, *boosts.values()], axis=0)
+        score = score + added["parent"] + added["date"] + added["turn"]
+    for boost in boosts.values():
+        score = score + boost
     parts |= boosts
     order = np.lexsort((row_ids, -score))
     chosen = {name: part[order] for name, part in parts.items()}
@@ -150,33 +151,33 @@ def window_bm25(near: Surroundings, settings: RankingSettings) -> Floats:
     saturate (as over the fields of a text in S. Robertson et al., Simple BM25 Extension to Multiple Weighted Fields,
     2004)."""
     weights = _weights(settings)
-    total = sum(weights)
-    frequencies = np.zeros((len(near.idf), near.around.shape[1]))
-    lengths = np.zeros(near.around.shape[1])
-    for texts, weight in zip(near.around, weights, strict=True):
-        frequencies += weight * near.frequencies[:, texts]
-        lengths += weight * near.lengths[texts]
+    total = float(weights.sum())
+    count = near.around.shape[1]
+    texts = near.around.ravel()
+    frequencies = weights @ near.frequencies.take(texts, axis=1).reshape(len(near.idf), len(weights), count)
+    lengths = weights @ near.lengths.take(texts).reshape(len(weights), count)
     b = settings.length_norm
     norm = settings.saturation * total * (1.0 - b + b * lengths / (max(1.0, near.average_length) * total))
     score: Floats = near.idf @ (frequencies / np.maximum(frequencies + norm, np.finfo(np.float32).tiny))
     return score
 
 
-def _weights(settings: RankingSettings) -> tuple[float, ...]:
+def _weights(settings: RankingSettings) -> Floats:
     """Those of the texts of AROUND."""
     before, after = settings.window_before, settings.window_after
-    return before, before, 1.0, after, after
+    return np.array([before, before, 1.0, after, after])
 
 
 def best_below(parents: Ids, evidence: Floats) -> Floats:
     """For each memory the best evidence below its parent; its own without a parent."""
     best = evidence.copy()
     below = np.flatnonzero(parents >= 0)
-    _, families = np.unique(parents[below], return_inverse=True)
     if len(below):
-        top = np.full(int(families.max()) + 1, -np.inf)
-        np.maximum.at(top, families, evidence[below])
-        best[below] = top[families]
+        order = below[np.argsort(parents[below])]
+        families = parents[order]
+        begins = np.flatnonzero(np.append(True, families[1:] != families[:-1]))
+        sizes = np.diff(begins, append=len(order))
+        best[order] = np.repeat(np.maximum.reduceat(evidence[order], begins), sizes)
     return best
 
 

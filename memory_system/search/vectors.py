@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Final
@@ -19,7 +20,7 @@ import numpy.typing as npt
 from memory_system.search.blocks import Blocks
 from memory_system.search.columns import Columns, Ids, Mask
 from memory_system.search.graph import Graph
-from memory_system.search.sketch import NEAREST, SAMPLE, Sketch, fit, shorten
+from memory_system.search.sketch import NEAREST, SAMPLE, Sketch, fit
 from memory_system.settings import SearchSettings
 
 Vectors = npt.NDArray[np.float32]
@@ -30,8 +31,9 @@ Found = tuple[Ids, npt.NDArray[np.float32]]
 _DENSE_SHARE: Final = 0.25
 # The axes are found anew when there are so many times as many vectors.
 _REFIT: Final = 4
-# So many times the wanted number are looked at exactly to learn how near the nearest are.
-_FIRST: Final = 4
+# So many times the wanted number are looked at more closely, and so many exactly, to learn how near the nearest are.
+_FIRST: Final = 8
+_SECOND: Final = 2
 _THRESHOLD_SAMPLE: Final = 8192
 # Below this share of allowed rows a graph would mostly return rows that are to be dropped.
 _GRAPH_MIN_SHARE: Final = 0.5
@@ -42,8 +44,8 @@ _REST_SHARE: Final = 0.3
 def unit(vector: npt.ArrayLike) -> Vectors | None:
     """The vector as float32 of length 1, or None if it is not finite or has no direction."""
     array = np.asarray(vector, np.float32)
-    norm = float(np.linalg.norm(array))
-    return array / np.float32(norm) if np.isfinite(norm) and norm > 0.0 else None
+    norm = math.sqrt(float(array @ array))
+    return array / np.float32(norm) if 0.0 < norm < math.inf else None
 
 
 def best(scores: npt.NDArray[Any], row_ids: Ids, k: int) -> Ids:
@@ -73,6 +75,12 @@ def highest(scores: npt.NDArray[np.float32], count: int) -> Ids:
     if count >= len(scores):
         return np.arange(len(scores))
     return np.sort(np.argpartition(scores, len(scores) - count)[len(scores) - count :])
+
+
+def _least(scores: npt.NDArray[np.float32], count: int) -> float:
+    """The count-th highest of the scores, or the lowest if there are fewer."""
+    at = max(0, len(scores) - count)
+    return float(np.partition(scores, at)[at])
 
 
 def _range(mask: Mask) -> tuple[int, int]:
@@ -186,27 +194,32 @@ class VectorIndex:
         return self._matrix.products_of(query, slots)
 
     def _by_sketch(self, query: Vectors, allowed: Mask, count: int, k: int) -> Found:
-        if self._sketch is None:
+        sketch = self._sketch
+        if sketch is None:
             return self._by_each(query, allowed, k)
-        short = shorten(self._sketch.axes, query)
+        head, whole = sketch.readings(query)
         first, end = _range(allowed)
         slots = None
         if count > _DENSE_SHARE * (end - first):
-            about = self._sketch.products(short, first, end)
+            about = sketch.by_heads(head, first, end)
             if count < end - first:
                 about[~allowed[first:end]] = -np.inf
         else:
             slots = np.flatnonzero(allowed)
-            about = self._sketch.products_of(short, slots)
+            about = sketch.by_heads_of(head, slots)
 
         def those(places: Ids) -> Ids:
             return places + first if slots is None else slots[places]
 
         wanted = max(k, NEAREST)
         places = highest(about, _FIRST * wanted)
-        scores = self._matrix.products_of(query, those(places))
-        least = float(np.partition(scores, max(0, len(scores) - wanted))[max(0, len(scores) - wanted)])
-        chosen = those(np.flatnonzero(about >= min(least - short.margin, float(about[places].min()))))
+        closer = sketch.by_whole(head, whole, those(places), about[places])
+        chosen = those(places[highest(closer, _SECOND * wanted)])
+        least = _least(self._matrix.products_of(query, chosen), wanted)
+        places = np.flatnonzero(about >= least - head.margin)
+        closer = sketch.by_whole(head, whole, those(places), about[places])
+        near = those(places[closer >= least - whole.margin])
+        chosen = np.union1d(chosen, near)
         return self._best(chosen, self._matrix.products_of(query, chosen), k)
 
     def _by_graph(self, query: Vectors, allowed: Mask, count: int, k: int) -> Found | None:
@@ -232,7 +245,7 @@ class VectorIndex:
             return True
         if self._count < max(self._settings.graph_from, self._settings.exact_max):
             return False
-        axes = None if self._sketch is None else self._sketch.axes.longer
+        axes = None if self._sketch is None else self._sketch.axes.axes
         return self.graph.grow(lock, self._columns, self._matrix, axes)
 
     def fit(self, lock: AbstractContextManager[object]) -> None:

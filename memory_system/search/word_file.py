@@ -7,6 +7,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any, Final
 
@@ -106,12 +107,22 @@ def _fields(texts: int, keys: int, postings: int) -> list[tuple[str, Any, int]]:
 def _write(path: Path, segment: Segment, rows: Rows) -> dict[str, Any]:
     """Write a segment's file; what the manifest says of it."""
     sizes = {"texts": len(segment), "keys": len(segment.keys), "postings": segment.postings}
-    data = bytearray()
-    for name, dtype, _ in _fields(**sizes):
-        owner = rows if name in ("row_ids", "digests") else segment
-        data += getattr(owner, name).astype(dtype, copy=False).tobytes()
-    path.write_bytes(data)
-    return {**sizes, **manifest.describe_bytes(data)}
+    digest, size = manifest.hasher(), 0
+    # Straight from the arrays: large writes and digests let go of the interpreter, copies would hold it.
+    with path.open("wb", buffering=0) as file:
+        for name, dtype, _ in _fields(**sizes):
+            owner = rows if name in ("row_ids", "digests") else segment
+            data = np.ascontiguousarray(getattr(owner, name), dtype).view(np.uint8).data
+            digest.update(data)
+            _write_all(file, data)
+            size += data.nbytes
+    return {**sizes, "size": size, "blake2b": digest.hexdigest()}
+
+
+def _write_all(file: FileIO, data: memoryview) -> None:
+    """A single write to a raw file may take less than all."""
+    while data.nbytes:
+        data = data[file.write(data) :]
 
 
 def _read(folder: Path, entry: dict[str, Any]) -> tuple[Segment, Rows]:

@@ -3,17 +3,25 @@ highlights; with and without vectors."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest import mock
 
 import pytest
 
 from memory_system.calls import Call
+from memory_system.digest import content_digest
 from memory_system.lifecycle_settings import LifecycleSettings
+from memory_system.protocol import MAX_LIST_REPLY_BYTES
 from memory_system.search.engine import Hit, SearchEngine, SearchQuery
 from memory_system.service.surroundings import Asked, Surroundings
+from memory_system.storage.database import connect_writer
+from memory_system.storage.migrations import CURRENT_VERSION
 from memory_system.storage.rows import RecordView
-from tests.support.service import Reply, Service, service_test
+from tests.support.service import PROJECT, Reply, Service, running_service, service_test
 
 DAY_S = 86_400.0
 # The searches of a text: action, and what it takes beside the query.
@@ -154,6 +162,37 @@ async def test_diversity_brings_what_is_new_before_copies(service: Service, acti
     await copies(service)
     await service.settled()
     await spread(service, action, more)
+
+
+@service_test(embedding__provider="off")
+async def test_the_replies_of_a_batch_share_the_room_of_one(service: Service) -> None:
+    for number in range(20):
+        await service.add(f"gull {number} " + "x" * 60_000)
+    query = {"query": "gull", "k": 20, "mode": "keyword", "touch": False}
+    batch = (await service.ok("batch_search", queries=[query] * 6))["results"]
+    assert [one["count"] for one in batch[:3]] == [20, 20, 20], "one alone has room enough"
+    assert sum(len(result["content"]) for one in batch for result in one["results"]) <= MAX_LIST_REPLY_BYTES
+    cut = next(one for one in batch if one["count"] < 20)
+    rest = await service.ok("semantic_search", **query, cursor=cut["next_cursor"])
+    assert cut["count"] + rest["count"] == 20 and batch[-1]["count"] == 0
+    names = {result["memory_id"] for one in (cut, rest) for result in one["results"]}
+    assert len(names) == 20
+
+
+@service_test()
+async def test_a_result_of_another_model_is_not_given_again(service: Service) -> None:
+    await service.add("a heron")
+    await service.settled()
+    asked = {"query": "heron", "touch": False}
+    hits = service.runtime._caches.results.stats
+    for _ in range(2):
+        assert (await service.ok("semantic_search", **asked))["count"] == 1
+    assert hits().hits == 1
+    with mock.patch.object(service.runtime._embedder, "model_id", "another"):
+        reply = await service.ok("semantic_search", **asked)
+    assert (hits().hits, reply["degraded_reason"]) == (1, "other_model")
+    assert (await service.ok("semantic_search", **asked))["degraded"] is False
+    assert hits().hits == 2
 
 
 @pytest.mark.parametrize(("action", "more"), [SEARCHES[0], SEARCHES[3]], ids=str)
@@ -477,3 +516,62 @@ async def test_a_cursor_belongs_to_its_options(service: Service) -> None:
     await service.fails("invalid_cursor", "semantic_search", query="gull", k=2, diversity=0.6, cursor=cursor)
     rest = await service.ok("semantic_search", query="gull", k=2, diversity=0.5, cursor=cursor)
     assert len({*texts(page), *texts(rest)}) == 4
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"boost": {"recency": 5.0}}, {"diversity": 0.5}, {"diversity": 0.5, "boost": {"importance": 1.0}}],
+    ids=str,
+)
+@pytest.mark.parametrize(("action", "more"), [*SEARCHES[1:], ("search_similar", {})], ids=str)
+@service_test()
+async def test_pages_never_overlap_whatever_orders_them(
+    service: Service, action: str, more: dict[str, Any], options: dict[str, Any]
+) -> None:
+    """More memories than one side's candidates, in another order by time than by words."""
+    now_s = service.clock.time()
+    memories = [
+        {
+            "content": f"gull {'pier ' * (number % 7)}{'tide ' * (number % 5)}n{number}",
+            "occurred_at": now_s - (number * 37 % 90) * DAY_S,
+            "importance": (number * 11 % 90) / 90,
+        }
+        for number in range(90)
+    ]
+    ids = (await service.ok("batch_add_memories", memories=memories))["memory_ids"]
+    await service.settled()
+    asked = {"memory_id": ids[0]} if action == "search_similar" else {"query": "gull pier tide"}
+    found = await service.walk(action, k=20, touch=False, **asked, **more, **options)
+    names = [one["memory_id"] for one in found]
+    assert len(names) == len(set(names)) >= 40
+    scores = [one["score"] for one in found]
+    assert scores == sorted(scores, reverse=True)
+
+
+# ---- stores of before ----
+
+
+@pytest.mark.parametrize("version", range(1, CURRENT_VERSION))
+def test_what_an_older_store_holds_is_found(tmp_path: Path, version: int) -> None:
+    texts_of_before = ["a heron by the pier", "below the stairs", "nothing else"]
+    insert = (
+        "INSERT INTO memories (namespace, memory_id, content, content_digest, memory_type, memory_tier, importance, "
+        "importance_at, created_at, updated_at, tier_since, created_by) "
+        "VALUES ('default', ?, ?, ?, 'general', 'short', 0.5, 1.7e9, 1.7e9, 1.7e9, 1.7e9, 'ada')"
+    )
+    with contextlib.closing(connect_writer(tmp_path / "memory.db")) as db:
+        db.executescript((PROJECT / "tests" / "data" / f"schema-v{version}.sql").read_text())
+        db.execute("INSERT INTO meta VALUES ('store_epoch', 'an old one')")
+        for number, text in enumerate(texts_of_before):
+            db.execute(insert, (f"mem-{number}", text, content_digest(text)))
+
+    async def scenario() -> None:
+        async with running_service(tmp_path, lifecycle__short__decay_rate=0.0) as service:
+            await service.settled()
+            assert texts(await service.ok("search_memory", query="herons")) == texts_of_before[:1]
+            assert texts(await service.ok("semantic_search", query="stairs", k=1)) == [texts_of_before[1]]
+            reply = await service.ok("semantic_search", query=texts_of_before[2], mode="dense", k=1)
+            assert (texts(reply), reply["degraded"], reply["pending"]) == ([texts_of_before[2]], False, 0)
+            assert (await service.ok("run_integrity_check"))["ok"] is True
+
+    asyncio.run(scenario())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -166,6 +166,64 @@ def test_changes_that_the_index_has_not_seen_are_respected(store: SearchStore) -
         assert ids(engine.search(replace(dense, filter=parse_filter({"memory_type": "episode"})))) == [rows[4]]
         hybrid = engine.search(query("entirely new", VECTORS[2], k=6))
         assert hybrid.hits[0].row_id == rows[2] and hybrid.hits[0].similarity is None
+    finally:
+        engine.close()
+        index.close()
+
+
+class Replaced(SearchIndex):
+    """An index that is loaded anew between the moment a search follows the log and the moment it looks."""
+
+    older: Any = None
+
+    @contextmanager
+    def reading(self) -> Iterator[Any]:
+        with super().reading() as view:
+            yield self.older or view
+
+
+def test_a_view_that_was_replaced_meanwhile_is_not_taken_for_current(store: SearchStore) -> None:
+    store.add("heron", VECTORS[0])
+    index = Replaced(SETTINGS, store.path, store.connect)
+    engine = SearchEngine(SETTINGS, LifecycleSettings(), store.path, index, store.connect)
+    other = SearchIndex(SETTINGS, store.path, store.connect)
+    try:
+        for each in (index, other):
+            each.set_model(MODEL, DIMENSION)
+            each.start()
+            caught_up(store, each)
+        assert engine.search(query("heron", mode="keyword")).reason is None
+        other.close()  # its view stays as it is
+        late = store.add("a late heron", VECTORS[1])
+        index.older = other.view
+        outcome = engine.search(query("late heron", mode="keyword"))
+        assert late not in ids(outcome) and outcome.degraded and outcome.pending > 0
+        index.older = None
+        assert late in ids(engine.search(query("late heron", mode="keyword")))
+    finally:
+        engine.close()
+        index.close()
+        other.close()
+
+
+class Behind(SearchIndex):
+    """An index that cannot follow the log."""
+
+    def catch_up(self, conn: Any) -> bool:
+        return False
+
+
+def test_a_text_that_the_index_still_has_otherwise_is_not_shown(store: SearchStore) -> None:
+    changed, kept = store.add("a heron", VECTORS[0]), store.add("another heron", VECTORS[1])
+    index = Behind(SETTINGS, store.path, store.connect)
+    engine = SearchEngine(SETTINGS, LifecycleSettings(), store.path, index, store.connect)
+    try:
+        index.start()
+        caught_up(store, index)
+        index.close()
+        assert set(ids(engine.search(query("heron", mode="keyword")))) == {changed, kept}
+        store.update(changed, content="an egret")
+        assert ids(engine.search(query("heron", mode="keyword"))) == [kept]
     finally:
         engine.close()
         index.close()
@@ -338,6 +396,32 @@ def test_an_answer_is_found_with_the_words_of_its_question(store: SearchStore, s
     finally:
         alone.close()
     assert parts[rows[1]]["keyword"] == 1.0 and parts[rows[2]]["keyword"] == 0.0
+
+
+def test_memories_without_parents_are_ranked_by_themselves_alone(store: SearchStore, start: Start) -> None:
+    """A flat corpus, one half of it put below a parent afterwards: only then others count."""
+    rng = np.random.default_rng(5)
+    words = ["heron", "pier", "gull", "boat", "rope", "tide", "sand", "salt", "wave", "reef", "where?", "how?"]
+    rows = store.add_many([" ".join(rng.choice(words, rng.integers(2, 9))) for _ in range(60)], VECTORS[:60])
+    index, engine = start()
+    weights = RankingSettings()
+
+    def is_by_itself(parts: dict[str, float]) -> bool:
+        evidence = weights.keyword_weight * parts["keyword"] + weights.dense_weight * parts["dense"]
+        return parts["turn"] == 0.0 and parts["parent"] == pytest.approx(weights.parent_weight * evidence)
+
+    def by_themselves() -> list[bool]:
+        found = (engine.search(query("gull tide reef", VECTORS[at], k=60, explain=True)) for at in (60, 61, 62))
+        return [is_by_itself(hit.parts or {}) for outcome in found for hit in outcome.hits]
+
+    alone = by_themselves()
+    assert len(alone) > 100 and all(alone)
+    store.add("a talk", memory_type="session", memory_id="ses-talk")
+    for row in rows[::2]:
+        store.update(row, parent_id="ses-talk")
+    caught_up(store, index)
+    together = by_themselves()
+    assert len(alone) // 3 < together.count(False) < len(together)
 
 
 def test_a_filter_hides_results_and_not_what_stands_around_them(store: SearchStore, start: Start) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -395,6 +396,29 @@ def test_what_was_deleted_leaves_the_disk_with_a_purge(store: SearchStore, begin
     assert index.save_soon().result(10)
     assert [path for path in folder.glob("words-*.bin") if key in path.read_bytes()] == []
     assert found(engine, "heron") == set(rows[1:])
+
+
+def test_what_was_deleted_before_a_stop_is_purged_soon_after_the_next_start(store: SearchStore, begin: Open) -> None:
+    """However often a service is restarted: nobody has to wait for an hour without a stop."""
+    rows, folder = saved(store, begin)
+    files = set(folder.glob("words-*.bin"))
+    index, _ = begin()
+    store.delete(rows[0])
+    caught_up(store, index)
+    index.close()
+    assert set(folder.glob("words-*.bin")) == files, "a stop keeps the segment, and with it what is gone"
+    ahead_s = 0.0
+    index = SearchIndex(SETTINGS, store.path, store.connect, clock=lambda: time.monotonic() + ahead_s)
+    index.start()
+    try:
+        caught_up(store, index)
+        ahead_s = 120.0
+        index.notify()
+        wait_until(lambda: (view := index.view) is not None and not any(s.gone for s in view.words.postings.segments))
+        assert index.save_soon().result(10)
+    finally:
+        index.close()
+    assert files.isdisjoint(folder.glob("words-*.bin"))
 
 
 def test_a_file_that_is_gone_is_written_again(store: SearchStore, begin: Open) -> None:

@@ -136,13 +136,15 @@ class Service:
             return int(view.words.prepare(namespace, word).found_in.max(initial=0))
 
     async def settled(self) -> None:
-        """Return when every memory of the default namespace has its vector."""
+        """Return when the index has followed every change, and every memory of the default namespace has its vector."""
         await eventually(self._nothing_pending)
 
     async def _nothing_pending(self) -> bool:
+        # In this order: a memory that the index has not come to yet is not pending there.
         health = await self.ok("health_check")
         stats = await self.ok("stats")
-        return health["readiness"]["search_index"] == "ready" and stats["pending"] == 0
+        followed = health["readiness"]["search_index"] == "ready" and health["index_lag"] == 0
+        return followed and stats["pending"] == 0
 
 
 async def eventually(condition: Callable[[], Awaitable[bool]], timeout_s: float = 10.0) -> None:

@@ -14,7 +14,8 @@ from agents.context_items import PINNED, Item, Writer, day_of, in_order, text_of
 from memory_system.agent_settings import ContextManagerSettings
 from tests.support.contexts import DAY_S, NOON_S, WRITER, WordCounts, item, record
 
-RULES = ContextManagerSettings()
+# Two of the weights are 0 by default.
+RULES = ContextManagerSettings(neighbour_weight=0.4, session_weight=0.3)
 
 
 def scored(*items: tuple[Item, float]) -> list[Scored]:

@@ -173,6 +173,15 @@ def test_every_relative_link_leads_somewhere(page: Path) -> None:
             assert anchor in anchors(path), f"{page.name}: {target}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_of_the_project_that_a_page_names_exists(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    folders = ["", "memory_system", "agents", "bench", "examples", "scripts", "tests"]
+    written_there = set(re.findall(r"\bas `(\w+\.py)`", text))  # by a tutorial
+    for name in set(re.findall(r"`([\w/-]+\.(?:py|sql|yaml|conf))`", text)) - written_there:
+        assert any((PROJECT / folder / name).exists() for folder in folders), f"{page.name}: {name}"
+
+
 def anchors(page: Path) -> set[str]:
     titles = re.findall(r"^#+ (.+)$", without_code(page.read_text(encoding="utf-8")), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}

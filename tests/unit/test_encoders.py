@@ -148,6 +148,22 @@ def test_broken_weights_are_a_clear_error(folder: Path) -> None:
         encoders.load(Source("broken", folder, "00" * 32), "ctranslate2", ONE)
 
 
+def test_without_room_for_its_files_torch_runs_the_model(
+    chosen: Callable[..., str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert chosen("auto") == "ctranslate2"
+
+    def full(directory: Path, threads: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(bert, "BertEncoder", full)
+    loaded: Any = encoders._choose(OFFICIAL, "auto", ONE)
+    assert loaded.asked == ("cpu", "")
+    assert "No space left" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="No space left"):
+        encoders._choose(OFFICIAL, "ctranslate2", ONE)
+
+
 @pytest.mark.parametrize(("texts", "threads", "size"), [(1, 2, 1), (3, 2, 2), (32, 2, 16), (200, 2, 16), (5, 8, 1)])
 def test_every_thread_has_a_group_where_there_are_enough_texts(texts: int, threads: int, size: int) -> None:
     assert bert.group_size(texts, threads) == size

@@ -7,11 +7,13 @@ import random
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from io import FileIO
+from typing import cast
 
 import numpy as np
 import pytest
 
-from memory_system.search import keywords, postings
+from memory_system.search import keywords, postings, word_file
 from memory_system.search.keywords import WordIndex, bm25, shares
 from memory_system.search.tokens import Tokenizer
 
@@ -169,6 +171,13 @@ def test_namespaces_know_nothing_of_each_other(index: WordIndex) -> None:
     assert slots.tolist() == [0], "even where the mask would let others pass"
 
 
+def test_asking_for_a_namespace_leaves_no_trace(index: WordIndex) -> None:
+    Plain(index).add({0: ("a", "word1")})
+    for number in range(100):
+        assert index.prepare(f"nobody-{number}", "word1").texts == 0
+    assert list(index.postings._namespaces) == ["a"]
+
+
 def test_equal_scores_come_by_row(index: WordIndex) -> None:
     plain = Plain(index)
     plain.add({slot: ("a", "word1") for slot in range(2000)})
@@ -230,3 +239,16 @@ def test_what_is_said_of_texts_is_compared_with_them(index: WordIndex) -> None:
     assert wrong() == [7, 12]
     segment.docs[int(np.flatnonzero(segment.docs == 20)[-1])] = 21
     assert 20 in wrong()
+
+
+def test_a_file_that_takes_a_part_at_a_time_gets_all() -> None:
+    taken = bytearray()
+
+    class Slow:
+        def write(self, data: memoryview) -> int:
+            taken.extend(data[:3])
+            return min(3, len(data))
+
+    word_file._write_all(cast(FileIO, Slow()), memoryview(b"ten bytes."))
+    word_file._write_all(cast(FileIO, Slow()), memoryview(b""))
+    assert bytes(taken) == b"ten bytes."

@@ -84,6 +84,46 @@ def test_columns_keep_the_links_of_their_rows() -> None:
     assert columns.around(slots[3:], 1)[:, 0].tolist() == [NONE, slots[3], NONE]
 
 
+def test_what_is_put_again_is_as_if_put_once() -> None:
+    """Whatever changes between two puts of a row: links, values and what is counted by them."""
+    rng = random.Random(11)
+    for _ in range(40):
+        columns, last = Columns(), {}
+        for _ in range(60):
+            row_id = rng.randint(1, 12)
+            last[row_id] = row(
+                row_id,
+                parent_id=rng.choice([None, "p", "q"]),
+                namespace=rng.choice(["default", "default", "other"]),
+                state=rng.choice(["active", "archived"]),
+                expires_at=rng.choice([None, 50.0]),
+                created_at=float(rng.randint(1, 4)),
+            )
+            for _ in range(rng.randint(1, 3)):
+                columns.put(last[row_id])
+        once = Columns()
+        for one in last.values():
+            once.put(one)
+        for row_id in last:
+            around = [held.around(held.slots([row_id]), 2)[:, 0] for held in (columns, once)]
+            rows = [
+                [int(held.row_ids[slot]) if slot >= 0 else None for slot in slots.tolist()]
+                for held, slots in zip((columns, once), around, strict=True)
+            ]
+            assert rows[0] == rows[1]
+        for scope in (Scope("default", 10.0), Scope("other", 60.0, include_archived=True)):
+            found = [held.mask(scope) for held in (columns, once)]
+            sets = [
+                {int(row_id) for row_id in held.row_ids[: held.top][mask]}
+                for held, mask in zip((columns, once), found, strict=True)
+                if mask is not None
+            ]
+            assert sets[0] == sets[1] and columns.pending(scope.namespace) == once.pending(scope.namespace)
+        for row_id in last:
+            columns.remove(row_id)
+        assert all(not [value for value in coding.values if value is not None] for coding in columns._codings.values())
+
+
 def test_links_outgrow_the_first_slots() -> None:
     columns = Columns()
     for row_id in range(1, 3000):
@@ -129,6 +169,9 @@ def test_a_note_tells_whether_a_text_ends_with_a_question(text: str, asks: bool)
         ("since 2023-05-07", (Date(5, 7, 2023),)),
         ("during September", (Date(9),)),
         ("sept. 3rd", (Date(9, 3),)),
+        ("the first week of November, by July or for March", (Date(11), Date(7), Date(3))),
+        ("What did I buy for April, and what is a friend of June to do by May?", ()),
+        ("since April", (Date(4),)),
         ("may I march in august company", ()),
         ("room 45 may 99", ()),
         ("2023-13-45", ()),

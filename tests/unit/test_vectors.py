@@ -81,13 +81,17 @@ def test_short_forms_find_nearly_all_at_every_selectivity() -> None:
     assert not index.improve(LOCK)
 
 
-def test_without_a_margin_too_little_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The negative control of the test above."""
+@pytest.mark.parametrize("lacking", [0, 1])
+def test_without_a_margin_too_little_is_found(lacking: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The negative control of the test above, for the heads and for the whole short forms."""
     monkeypatch.setattr(vectors, "_FIRST", 1)
+    monkeypatch.setattr(vectors, "_SECOND", 1)
     index = index_of(spread(12_000), exact_max=100)
     index.improve(LOCK)
     assert index._sketch is not None
-    object.__setattr__(index._sketch.axes, "spread", -5.0)
+    spreads = list(index._sketch.axes.spreads)
+    spreads[lacking] = -5.0
+    object.__setattr__(index._sketch.axes, "spreads", tuple(spreads))
     assert recall(index, 12_000) < 0.98
 
 
