@@ -178,7 +178,7 @@ class SearchEngine:
         if compared is not None and vector is not None:
             slots = np.union1d(slots, compared.search(vector, mask, wanted)[0])
         if query.mode == "hybrid":
-            slots = gathering.with_siblings(columns, slots, mask)
+            slots = gathering.with_siblings(columns, query, slots, mask)
         similarity = np.full(len(slots), np.nan, np.float32)
         if compared is not None and vector is not None:
             similarity = compared.similarities(vector, slots)

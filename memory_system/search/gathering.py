@@ -14,16 +14,18 @@ from memory_system.search.dates import dates
 from memory_system.search.keywords import KeywordQuery
 from memory_system.search.query import Hit, SearchQuery
 from memory_system.search.ranking import AROUND, Surroundings
+from memory_system.search.scope import Scope
+from memory_system.search.siblings import NONE, Links
 from memory_system.search.view import View
 
 _REACH: Final = max(AROUND)
-# Neighbours are looked for behind those that are archived or have expired, and so far.
-_FAR: Final = 16
+# Neighbours are looked for behind so many in a row that are archived or have expired.
+_FAR: Final = 14
 
 
-def with_siblings(columns: Columns, slots: Ids, mask: Mask) -> Ids:
+def with_siblings(columns: Columns, query: SearchQuery, slots: Ids, mask: Mask) -> Ids:
     """The slots and those around each that the mask allows: an answer need not have a word of its question."""
-    around = columns.around(slots, _REACH).ravel()
+    around = nearest(columns, query.scope, slots, _REACH).ravel()
     around = around[(around >= 0) & (around < len(mask))]
     return np.unique(np.concatenate([slots, around[mask[around]]]))
 
@@ -32,15 +34,12 @@ def surroundings(view: View, query: SearchQuery, words: KeywordQuery, slots: Ids
     """The texts around each of the ascending slots', as far as the query's scope lets them be seen, whatever its
     filter."""
     columns = view.columns
-    around = columns.around(slots, _REACH)
-    texts, numbers = _numbered(around)
-    seen = columns.visible(texts, query.scope)
-    seen[np.searchsorted(texts, slots)] = True
-    shown = np.append(texts[seen], -1)
-    place = np.full(len(texts), len(shown) - 1)
-    place[seen] = np.arange(len(shown) - 1)
+    texts, numbers = _numbered(nearest(columns, query.scope, slots, _REACH))
+    shown = np.append(texts[texts >= 0], -1)
+    # What is none comes first in the order of slots, and last among the texts.
+    place = np.arange(len(texts)) - (len(texts) - len(shown) + 1)
     return Surroundings(
-        around=place[numbers],
+        around=np.where(place < 0, len(shown) - 1, place)[numbers],
         frequencies=view.words.frequencies(words, shown, distinct=True),
         lengths=view.words.lengths(shown),
         asks=(view.words.notes(shown) & np.uint64(notes.ASKS)) > 0,
@@ -50,6 +49,30 @@ def surroundings(view: View, query: SearchQuery, words: KeywordQuery, slots: Ids
         average_length=words.average_length,
         dates=dates(query.text),
     )
+
+
+def nearest(columns: Columns, scope: Scope, slots: Ids, reach: int) -> Ids:
+    """As `Columns.around`, of the memories that the scope lets be seen, whatever its filter: so a summary has those
+    beside it that its archived originals had, and they have it."""
+    before, after = [slots], [slots]
+    for chain, links in ((before, columns.siblings.before), (after, columns.siblings.after)):
+        for _ in range(reach):
+            chain.append(_next(columns, scope, chain[-1], links))
+    return np.array([*reversed(before), *after[1:]], np.int64)
+
+
+def _next(columns: Columns, scope: Scope, slots: Ids, links: Links) -> Ids:
+    """What follows each of the slots by the links and may be seen, -1 where nothing does."""
+    found = np.where(slots >= 0, links[slots], NONE).astype(np.int64)
+    hidden = np.flatnonzero(found >= 0)
+    for _ in range(_FAR + 1):
+        hidden = hidden[~columns.visible(found[hidden], scope)]
+        if not len(hidden):
+            return found
+        found[hidden] = links[found[hidden]]
+        hidden = hidden[found[hidden] >= 0]
+    found[hidden] = NONE
+    return found
 
 
 def _numbered(around: Ids) -> tuple[Ids, Ids]:
@@ -83,12 +106,10 @@ def vectors(view: View | None, row_ids: Ids) -> tuple[npt.NDArray[np.float32], M
 def with_neighbours(columns: Columns, query: SearchQuery, hits: list[Hit]) -> list[Hit]:
     """The hits, each with the nearest memories before and after it below the same parent, whatever the filter."""
     slots = [columns.slot(hit.row_id) for hit in hits]
-    around = columns.around(np.array([-1 if slot is None else slot for slot in slots], np.int64), _FAR)
-    seen = columns.visible(around.ravel(), query.scope).reshape(around.shape)
-    row_ids = columns.row_ids[around]
+    known = np.array([-1 if slot is None else slot for slot in slots], np.int64)
+    around = nearest(columns, query.scope, known, query.neighbours)
     found = []
-    for at, hit in enumerate(hits):
-        before = row_ids[:_FAR, at][seen[:_FAR, at]][-query.neighbours :]
-        after = row_ids[_FAR + 1 :, at][seen[_FAR + 1 :, at]][: query.neighbours]
-        found.append(replace(hit, before=tuple(before.tolist()), after=tuple(after.tolist())))
+    for hit, before, after in zip(hits, around[: query.neighbours].T, around[query.neighbours + 1 :].T, strict=True):
+        beside = [tuple(columns.row_ids[side[side >= 0]].tolist()) for side in (before, after)]
+        found.append(replace(hit, before=beside[0], after=beside[1]))
     return found

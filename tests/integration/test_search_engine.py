@@ -444,6 +444,26 @@ def test_what_is_archived_or_expired_gives_no_evidence(
     assert all((hit.parts or {})["keyword"] == 0.0 for hit in outcome.hits)
 
 
+def test_a_summary_has_around_it_what_its_originals_had(store: SearchStore, start: Start) -> None:
+    """What was merged into it gives its place away: an answer after the summary of a question, and one before."""
+    told = ("hello there", "where is it?", "one moment", "what?", "where did you put the kettle?", "below the stairs")
+    rows = conversation(store, *told)
+    index, engine = start()
+    for row in rows[2:5]:
+        store.update(row, state="archived", archived_at=NOW_S)
+    given = {"parent_id": f"ses-{told[0]}", "occurred_at": NOW_S + 2}
+    summary = store.add("one moment. where did you put the kettle?", VECTORS[0], memory_type="consolidated", **given)
+    caught_up(store, index)
+    found = engine.search(query("kettle", VECTORS[40], k=20, explain=True, neighbours=2)).hits
+    parts = {hit.row_id: hit.parts or {} for hit in found}
+    assert set(parts) == {rows[0], rows[1], summary, rows[5]}
+    assert parts[summary]["keyword"] == 1.0 and all(part["keyword"] > 0.0 for part in parts.values())
+    # After a question, and one itself: with its neighbours out of sight it would be no turn at all.
+    assert parts[rows[5]]["turn"] > parts[summary]["turn"] != 0.0
+    beside = {hit.row_id: (hit.before, hit.after) for hit in found}
+    assert beside[summary] == ((rows[0], rows[1]), (rows[5],)) and beside[rows[5]] == ((rows[1], summary), ())
+
+
 def test_a_day_in_the_question_finds_what_occurred_then(store: SearchStore, start: Start) -> None:
     day_s = 86_400.0
     rows = [store.add("we met", VECTORS[0], occurred_at=NOW_S - days * day_s) for days in (0, 100, 200)]

@@ -10,6 +10,7 @@ import pytest
 
 from memory_system.search.columns import Columns, Row
 from memory_system.search.dates import Date, dates, nearness
+from memory_system.search.gathering import nearest
 from memory_system.search.notes import ASKS, note
 from memory_system.search.scope import Scope
 from memory_system.search.siblings import NONE, Siblings
@@ -140,6 +141,36 @@ def test_what_the_scope_hides_is_not_seen_around_a_memory() -> None:
     assert columns.visible(slots, everything).tolist() == [True, True, True, False]
     columns.remove(1)
     assert not columns.visible(slots[:1], everything).any()
+
+
+def test_the_nearest_are_those_that_may_be_seen() -> None:
+    """As if the hidden ones had never been there, whatever the memory itself is; where none is, as the links say."""
+    rng = random.Random(7)
+    for share in (0.0, 0.2, 0.6, 1.0):
+        columns = Columns()
+        hidden = {row_id for row_id in range(1, 41) if rng.random() < share}
+        for row_id in range(1, 41):
+            columns.put(row(row_id, parent_id=f"p{row_id % 3}", state="archived" if row_id in hidden else "active"))
+        slots = columns.slots(range(1, 41))
+        found = nearest(columns, Scope("default", 10.0), slots, 2)
+        for column, row_id in zip(found.T.tolist(), range(1, 41), strict=True):
+            family = [other for other in range(1, 41) if other % 3 == row_id % 3 and other not in hidden]
+            before = [NONE, NONE, *(other for other in family if other < row_id)][-2:]
+            after = [*(other for other in family if other > row_id), NONE, NONE][:2]
+            row_ids = [int(columns.row_ids[slot]) if slot >= 0 else NONE for slot in column]
+            assert row_ids == [*before, row_id, *after]
+        everything = nearest(columns, Scope("default", 10.0, include_archived=True), slots, 2)
+        assert (everything == columns.around(slots, 2)).all()
+        assert (found == columns.around(slots, 2)).all() == (not hidden)
+
+
+def test_no_more_than_fourteen_in_a_row_are_passed_over() -> None:
+    columns = Columns()
+    for row_id in range(1, 33):
+        columns.put(row(row_id, state="active" if row_id in (1, 16, 32) else "archived"))
+    first, near, far = slots = columns.slots([1, 16, 32])
+    found = nearest(columns, Scope("default", 10.0), slots, 1)
+    assert found.T.tolist() == [[NONE, first, near], [first, near, NONE], [NONE, far, NONE]]
 
 
 @pytest.mark.parametrize(
