@@ -63,7 +63,7 @@ demo: $(SERVICE) ## Store a long conversation and ask about it (DATA=file)
 	@$(PY) examples/demo.py $(if $(DATA),"$(DATA)")
 
 test: lint type ## Lint, types and all tests
-	@$(PY) -m pytest -n 2 --dist loadfile
+	@$(PY) -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 lint: $(DEVELOPMENT) ## Check style and format
 	@$(PY) -m ruff check .

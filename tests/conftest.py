@@ -5,7 +5,19 @@ from __future__ import annotations
 import os
 import signal
 
+import pytest
+
 # Nobody reports to an error bus that was not asked for.
 os.environ["MEMORY_ERROR_BUS_ADDR"] = ""
 # A shell starts what it runs in the background with SIGINT ignored, and children inherit that: Ctrl-C would do nothing.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# Slow files first: the many quick ones then fill what is left, instead of one long file ending alone.
+_ORDER = ("acceptance", "integration", "contract", "unit")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """After pytest-randomly has shuffled them; within a folder its order stays."""
+    items.sort(key=lambda item: _ORDER.index(item.path.parent.name))
