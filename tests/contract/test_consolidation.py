@@ -379,6 +379,7 @@ async def test_what_changed_after_the_plan_is_left_alone(service: Service) -> No
     ]
     for action, data in changes:
         await service.ok(action, **data)
+        await service.settled()  # new words get a vector, which is a change as well
         before = everything(service)
         outcome = await consolidating.apply(plan)
         assert (outcome.done, outcome.reason, outcome.members) == (False, "changed", [])
