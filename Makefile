@@ -1,6 +1,7 @@
 # `make help` lists the targets. Variables: PYTHON (the interpreter for the virtual environment), CONFIG (a
 # configuration file), DATA (conversations for the demo and the benchmarks), PIP_ARGS (further options of pip install),
-# BOOT_DIR (where install-boot writes instead of systemd's folder), FROM and TO (files of restore, export and imports).
+# BOOT_DIR (where install-boot writes instead of systemd's folder), FROM and TO (files of restore, export and imports),
+# AGENT, ROLE, NAMESPACES, ACT_FOR, REVOKE and LIST (of keys).
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -15,7 +16,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help start-pc2 stop-pc2 status logs tail-errors jobs run-job backup restore export import import-facts import-sessions demo test lint type coverage fuzz bench bench-due bench-maintenance bench-consolidation bench-embedding bench-retrieval bench-scale install-boot uninstall-boot clean
+.PHONY: help start-pc2 stop-pc2 status logs tail-errors jobs run-job keys backup restore accept-store export import import-facts import-sessions demo test lint type coverage fuzz torture bench bench-due bench-maintenance bench-consolidation bench-embedding bench-retrieval bench-scale install-boot uninstall-boot clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -41,11 +42,17 @@ jobs: $(SERVICE) ## Show the maintenance jobs: when each runs next, and how its 
 run-job: $(SERVICE) ## Run a job now (JOB=consolidation; DRY_RUN=1 shows what it would change; AS_OF=time)
 	@$(PY) scripts/jobs.py run "$(JOB)" $(if $(filter-out 0 no false,$(DRY_RUN)),--dry-run) $(if $(AS_OF),--as-of "$(AS_OF)")
 
+keys: $(SERVICE) ## Make the keys of the programs, or one more (AGENT=name ROLE=writer NAMESPACES=home,work; REVOKE=name; LIST=1)
+	@$(PY) scripts/keys.py $(if $(AGENT),--agent "$(AGENT)") $(if $(ROLE),--role "$(ROLE)") $(if $(NAMESPACES),--namespaces "$(NAMESPACES)") $(if $(ACT_FOR),--act-for "$(ACT_FOR)") $(if $(REVOKE),--revoke "$(REVOKE)") $(if $(LIST),--list)
+
 backup: $(SERVICE) ## Copy the store to backup.dir, while the service runs or not (DRY_RUN=1 shows what it would do)
 	@$(PY) scripts/backup.py $(if $(filter-out 0 no false,$(DRY_RUN)),--dry-run)
 
 restore: $(SERVICE) ## Put a backup in the place of the store, while the service is stopped (FROM=file or latest)
 	@$(PY) scripts/restore.py $(if $(FROM),"$(FROM)")
+
+accept-store: $(SERVICE) ## Accept a store that lacks acknowledged writes, while the service is stopped
+	@$(PY) scripts/accept_store.py
 
 export: $(SERVICE) ## Write all memories to a file of JSON lines (TO=file; ARGS="--namespace name --vectors")
 	@$(PY) scripts/export_memories.py "$(TO)" $(ARGS)
@@ -60,14 +67,15 @@ import-sessions: $(SERVICE) ## Put conversations into the session memory (FROM=J
 	@$(PY) scripts/import_sessions.py $(if $(FROM),"$(FROM)") $(ARGS)
 
 demo: $(SERVICE) ## Store a long conversation and ask about it (DATA=file)
-	@$(PY) examples/demo.py $(if $(DATA),"$(DATA)")
+	@MEMORY_KEY_FILE="$${MEMORY_KEY_FILE:-$(wildcard data/keys/operator.key)}" $(PY) examples/demo.py $(if $(DATA),"$(DATA)")
 
 test: lint type ## Lint, types and all tests
 	@$(PY) -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
-lint: $(DEVELOPMENT) ## Check style and format
+lint: $(DEVELOPMENT) ## Check style, format, and that what is installed is what is pinned
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
+	@$(PY) scripts/check_pins.py
 
 type: $(DEVELOPMENT) ## Check types
 	@$(PY) -m mypy
@@ -77,6 +85,9 @@ coverage: $(DEVELOPMENT) ## Run the tests and report the branches they take
 
 fuzz: $(DEVELOPMENT) ## Send mutated requests to a running service (FUZZ_REQUESTS=n)
 	@FUZZ_REQUESTS=$(FUZZ_REQUESTS) $(PY) -m pytest --timeout=3600 tests/acceptance/test_fuzz.py
+
+torture: $(DEVELOPMENT) ## Run the long fault tests and show a table (MINUTES=5 SEED=n ONLY=part of a title)
+	@$(PY) -m tests.torture --minutes $(or $(MINUTES),5) $(if $(SEED),--seed $(SEED)) $(if $(ONLY),--only "$(ONLY)")
 
 bench: $(SERVICE) ## Measure round trips and throughput
 	@$(PY) bench/run.py

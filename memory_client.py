@@ -25,7 +25,7 @@ from memory_system.client_api import ClientMethods
 from memory_system.client_core import Call, Reply
 from memory_system.client_link import FIRST_WAIT_MS, Link, Pool, only
 from memory_system.client_pipe import MAX_IN_FLIGHT, Pipe
-from memory_system.errors import ClientClosed, RequestTimeout, Unreachable
+from memory_system.errors import AccessDenied, ClientClosed, RequestTimeout, Unreachable
 
 # How soon a waiting thread notices that the client was closed.
 CLOSE_CHECK_MS: Final = 100
@@ -77,7 +77,7 @@ class MemoryClient(ClientMethods[Reply]):
         pid = os.getpid()
         pool: Pool | None = self._connections.get(pid)
         if pool is None:
-            pool = self._connections.setdefault(pid, Pool(self.endpoint, self.connect_timeout_ms))
+            pool = self._connections.setdefault(pid, Pool(self.endpoint, self.connect_timeout_ms, self._key))
         try:
             link = pool.link()
         except ClientClosed as error:
@@ -86,6 +86,10 @@ class MemoryClient(ClientMethods[Reply]):
             call.fail(Unreachable(f"cannot connect to {self.endpoint}: {error}", endpoint=self.endpoint))
         else:
             self._use(link, call)
+
+    def _is_connected_again(self) -> bool:
+        pool: Pool | None = self._connections.get(os.getpid())
+        return pool is not None and pool.is_connected_again()
 
     def _use(self, link: Link, call: Call) -> None:
         with link.lock:
@@ -103,7 +107,10 @@ class MemoryClient(ClientMethods[Reply]):
         if body is None:
             return True
         if not link.send(body, min(self.connect_timeout_ms / 1000.0, call.deadline_s - time.monotonic())):
-            call.not_sent(time.monotonic())
+            if link.refusal is not None:
+                call.fail(link.refusal)
+                return False
+            call.not_sent(time.monotonic(), closed_early=link.closed_early > 0)
             return True
         call.sent(time.monotonic())
         answer = self._receive(link, call.attempt_ends_s)
@@ -127,7 +134,9 @@ class MemoryClient(ClientMethods[Reply]):
             if link.socket in ready:
                 return only(link.socket.recv_multipart())
             if link.monitor in ready:
-                return None
+                link.look()
+                if link.lost or link.refusal is not None:
+                    return None
         return None
 
     def _pause(self, until_s: float) -> None:
@@ -189,16 +198,20 @@ class AsyncMemoryClient(ClientMethods[Coroutine[Any, Any, Reply]]):
         try:
             await pipe.pause(call.resume_at_s)
             await pipe.attempt(call)
-        except ClientClosed as error:
+        except (ClientClosed, AccessDenied) as error:
             call.fail(error)
         except zmq.ZMQError as error:
             call.fail(Unreachable(f"cannot connect to {self.endpoint}: {error}", endpoint=self.endpoint))
+
+    def _is_connected_again(self) -> bool:
+        pipe: Pipe | None = self._connections.get(os.getpid())
+        return pipe is not None and pipe.is_connected_again()
 
     def _pipe(self) -> Pipe:
         pipe: Pipe | None = self._connections.get(os.getpid())
         if pipe is None or pipe.loop is not asyncio.get_running_loop():
             self._close_pipe()
-            pipe = self._connections[os.getpid()] = Pipe(self.endpoint, self.connect_timeout_ms)
+            pipe = self._connections[os.getpid()] = Pipe(self.endpoint, self.connect_timeout_ms, self._key)
         return pipe
 
     def _close_pipe(self) -> None:

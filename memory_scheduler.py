@@ -18,11 +18,12 @@ from typing import Any, Final
 
 from memory_system import log
 from memory_system.actions import ActionServer
+from memory_system.keys import key_for
 from memory_system.metrics import traffic_families
 from memory_system.program import connect_address, ends, listen_address, run_program
 from memory_system.reporting import Reporting
 from memory_system.scheduling.desk import Desk
-from memory_system.security import policy_for
+from memory_system.security import Gate, policy_for
 from memory_system.settings import Settings
 
 NAME: Final = "memory_scheduler"
@@ -46,7 +47,9 @@ class Scheduler:
             on_link=self._on_link,
             on_crash=self._on_crash,
             seed=socket.gethostname(),
+            key=key_for(NAME, settings),
         )
+        self.gate = Gate.of(settings)
         self.server = ActionServer(
             NAME,
             listen_address(network.bind, settings.scheduler.port),
@@ -54,6 +57,8 @@ class Scheduler:
             settings,
             health=self.desk.figures,
             port_key="scheduler.port",
+            gate=self.gate,
+            domain="manager",
         )
         self._closers: list[Callable[[], Any]] = []
         self._end = asyncio.Event()
@@ -75,6 +80,9 @@ class Scheduler:
 
     def _start(self) -> None:
         self._closers += [self.reporting.close, self.server.close]
+        if self.gate is not None:
+            self._closers.insert(1, self.gate.close)
+            self.gate.open()
         self.server.bind()
         self._open_metrics()
         self._closers.append(self.desk.close)

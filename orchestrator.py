@@ -12,12 +12,16 @@ import asyncio
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from memory_system import log
-from memory_system.errors import ShuttingDown
+from memory_system.errors import AccessDenied, ShuttingDown
 from memory_system.program import ends, listen_address, run_program
 from memory_system.request_server import RequestServer
+from memory_system.router import Sender
 from memory_system.runtime import Runtime
+from memory_system.security import Gate
+from memory_system.security.guard import Asked
 from memory_system.settings import Settings
 
 logger = log.get_logger("orchestrator")
@@ -30,32 +34,48 @@ class Orchestrator:
         self.settings = settings
         self._end = asyncio.Event()
         self._fatal: Exception | None = None
-        self.runtime = Runtime(settings, on_fatal=self._on_fatal, health=self._health)
-        address = listen_address(settings.network.bind, settings.network.port)
-        self.server = RequestServer(address, settings, program="orchestrator", port_key="network.port")
+        self.gate = Gate.of(settings)
+        self.runtime = Runtime(settings, on_fatal=self._on_fatal, health=self._health, keys=self.gate)
+        self.server = RequestServer(
+            listen_address(settings.network.bind, settings.network.port),
+            settings,
+            program="orchestrator",
+            port_key="network.port",
+            gate=self.gate,
+            on_denied=self._denied,
+        )
 
     async def run(self) -> int:
         """Serve until told to stop; the exit status."""
         self._end = ends(asyncio.get_running_loop())
         try:
+            if self.gate is not None:
+                self.gate.open()
             self.server.bind()
             await self.runtime.start(self._end.is_set)
         except BaseException as error:
-            self.server.close()
+            self._close_sockets()
             await self.runtime.close()
             if isinstance(error, ShuttingDown):
                 logger.info("stopped", reason=error.message)
                 return 0
             raise
         self.server.start(self.runtime.dispatcher)
+        if self.gate is not None:
+            self.gate.on_refused = self.runtime.guard.not_let_in
         address = self.server.router.address
         logger.info("listening", address=address, pid=os.getpid(), store=self.settings.storage.path)
         await self._end.wait()
         await self._shut_down()
         return 0 if self._fatal is None else 1
 
-    def _health(self) -> dict[str, int | float | bool]:
-        return self.server.figures()
+    def _health(self) -> dict[str, Any]:
+        figures = self.server.figures()
+        return figures if self.gate is None else {**figures, "security": self.gate.figures()}
+
+    def _denied(self, sender: Sender, error: AccessDenied) -> None:
+        """A plaintext request came from an address that may not send any."""
+        self.runtime.guard.denied(Asked("connect", "", address=sender.address), error)
 
     def _on_fatal(self, error: Exception) -> None:
         self._fatal = error
@@ -72,8 +92,13 @@ class Orchestrator:
             await self.server.answered(shutdown_s)
         await self.runtime.close()
         await asyncio.sleep(0)  # what closing answered is still to be sent
-        self.server.close()
+        self._close_sockets()
         logger.info("stopped", unanswered=in_flight.requests)
+
+    def _close_sockets(self) -> None:
+        self.server.close()
+        if self.gate is not None:
+            self.gate.close()
 
 
 async def serve(settings: Settings) -> int:

@@ -47,6 +47,7 @@ CREATE TABLE memories (
     archived_at      REAL,                          -- since when it is archived
     tier_accesses    INTEGER NOT NULL DEFAULT 0,    -- accesses since tier_since
     promote_at       REAL,                          -- when it earned its promotion before its time
+    owner            TEXT    NOT NULL DEFAULT '',   -- whose quota it counts against, '' for nobody's
     UNIQUE (namespace, memory_id),
     FOREIGN KEY (namespace, parent_id) REFERENCES memories (namespace, memory_id)
 ) STRICT;
@@ -180,4 +181,12 @@ CREATE TABLE embeddings (
     vector   BLOB NOT NULL
 ) STRICT;
 
-PRAGMA user_version = 5;
+-- What each owner has, kept up by triggers of the writing connection while there are quotas, and empty otherwise: see
+-- memory_system/storage/usage.py.
+CREATE TABLE usage (
+    owner    TEXT PRIMARY KEY,
+    memories INTEGER NOT NULL,
+    bytes    INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+
+PRAGMA user_version = 6;

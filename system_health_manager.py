@@ -32,10 +32,12 @@ from memory_system.health.records import HistoryFailed
 from memory_system.health.states import State
 from memory_system.health.supervisor import Supervisor
 from memory_system.health.watch import Watch
+from memory_system.keys import key_for
 from memory_system.metrics import EventCounts, Family, component_families, traffic_families
+from memory_system.metrics_start import start_metrics
 from memory_system.process_figures import disk_free_bytes, process_figures
 from memory_system.program import ends, listen_address, run_program
-from memory_system.security import policy_for
+from memory_system.security import Gate
 from memory_system.settings import Settings
 
 logger = log.get_logger("health_manager")
@@ -70,7 +72,9 @@ class HealthManager:
         self._closers: list[Callable[[], Any]] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
-        self.bus = Bus(settings, listen_address(bind, ports.publish_port), self.boot_id, on_event=self._counts.note)
+        self.gate = Gate.of(settings)
+        publish = listen_address(bind, ports.publish_port)
+        self.bus = Bus(settings, publish, self.boot_id, on_event=self._counts.note, gate=self.gate)
         self.server = ActionServer(
             MANAGER,
             listen_address(bind, ports.port),
@@ -78,6 +82,8 @@ class HealthManager:
             settings,
             health=self._health,
             port_key="health.port",
+            gate=self.gate,
+            domain="manager",
         )
         self.watch = Watch(
             ports,
@@ -87,8 +93,9 @@ class HealthManager:
             on_change=self._on_change,
             on_forget=self._on_forget,
             report=self._report,
+            key=key_for(MANAGER, settings),
         )
-        self.ingest = Ingest(settings, self.bus.history, on_heartbeat=self._on_heartbeat)
+        self.ingest = Ingest(settings, self.bus.history, on_heartbeat=self._on_heartbeat, gate=self.gate)
 
     async def run(self) -> int:
         """Serve until told to stop; the exit status."""
@@ -106,10 +113,13 @@ class HealthManager:
 
     async def _start(self) -> None:
         self._closers += [self.bus.close, self.watch.close, self.ingest.close, self.server.close]
+        if self.gate is not None:
+            self._closers.insert(0, self.gate.close)
+            self.gate.open()
         await self.bus.start()
         handler = bus_log.install(self.bus)
         handler.addFilter(lambda record: record.name != LOGGER)  # the history has its own way into the history
-        self._closers.insert(1, lambda: bus_log.remove(handler))
+        self._closers.insert(-3, lambda: bus_log.remove(handler))
         self.ingest.bind()
         self.server.bind()
         self._open_metrics()
@@ -132,16 +142,8 @@ class HealthManager:
                 await result
 
     def _open_metrics(self) -> None:
-        port = self.settings.metrics.health_manager_port
-        if not port:
-            return
-        # Not above: it brings an HTTP server and prometheus_client, which nobody needs who has no metrics.
-        from memory_system.metrics_server import MetricsServer
-
-        network = self.settings.network
-        server = MetricsServer(network.bind, port, self._families, policy_for(network, self.settings.security))
-        server.start()
-        self._closers.append(lambda: asyncio.to_thread(server.close))
+        close = start_metrics(self.settings, self.settings.metrics.health_manager_port, self._families)
+        self._closers.append(lambda: asyncio.to_thread(close))
 
     async def _tell_of_last_run(self) -> None:
         """A manager that died could not say so; this one does, to the history and to whoever subscribes again."""

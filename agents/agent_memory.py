@@ -27,6 +27,7 @@ from memory_client import AsyncMemoryClient
 from memory_system.agent_settings import AgentsSettings
 from memory_system.envelope import Request
 from memory_system.errors import (
+    AccessDenied,
     CircuitOpen,
     ClientClosed,
     DeadlineExceeded,
@@ -36,7 +37,11 @@ from memory_system.errors import (
     Unavailable,
     Unreachable,
 )
+from memory_system.keys import KeyFile
+from memory_system.log import get_logger
 from memory_system.protocol import RESERVED_REPLY_FIELDS, new_request_id
+
+log = get_logger("agent")
 
 Reply = dict[str, Any]
 
@@ -50,6 +55,8 @@ DOUBT_S: Final = 0.25
 START_S: Final = 30.0
 _MIN_CALL_MS: Final = 1.0
 _PAUSE_S: Final = 0.05
+# A key that was refused is shown again after this time: it may be granted meanwhile.
+REFUSED_S: Final = 2.0
 _MARK: Final = "mark"  # memory type
 _MARK_S: Final = 60.0
 _NO_BREAKER: Final = 1_000_000_000  # failures in a row that nobody will see
@@ -59,18 +66,29 @@ _OF_THE_CALL: Final = frozenset({"outcome", "request_id"})
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Whose request is handled. `request_id` is None where a retry could not be told from a new request."""
+    """Whose request is handled. `request_id` is None where a retry could not be told from a new request.
+
+    `on_behalf_of` names the key that the request came with, and after it those that this key speaks for (`a>b`); None
+    where callers have no keys.
+    """
 
     namespace: str = "default"
     agent_id: str | None = None
     session_id: str | None = None
     request_id: str | None = None
     deadline_s: float | None = None
+    on_behalf_of: str | None = None
 
     @classmethod
     def of(cls, request: Request) -> Caller:
         request_id = None if request.legacy else request.request_id
-        return cls(request.namespace, request.agent_id, request.session_id, request_id, request.deadline_s)
+        scope = None if request.identity is None else request.identity.scope
+        return cls(request.namespace, request.agent_id, request.session_id, request_id, request.deadline_s, scope)
+
+    @property
+    def sender(self) -> tuple[str | None, ...]:
+        """Who sends it: the same request_id of another one is another request."""
+        return (self.agent_id,) if self.on_behalf_of is None else (self.agent_id, self.on_behalf_of)
 
 
 NOBODY: Final = Caller()
@@ -106,11 +124,17 @@ class AgentMemory(AsyncMemoryClient):
     """All methods of AsyncMemoryClient. They raise MemorySystemError; the service's silence is Unavailable.
 
     `name`: the agent's, under which the service knows calls whose caller gave no agent_id. `on_change(state)` hears
-    of each change of `state`: loading until the service first answers, then ready or unavailable.
+    of each change of `state`: loading until the service first answers, then ready or unavailable. `key`: the agent's,
+    with which all calls are made; what they may do is what both this key and the caller's own may.
     """
 
     def __init__(
-        self, endpoint: str, name: str, rules: AgentsSettings, on_change: Callable[[str], None] = lambda state: None
+        self,
+        endpoint: str,
+        name: str,
+        rules: AgentsSettings,
+        on_change: Callable[[str], None] = lambda state: None,
+        key: KeyFile | None = None,
     ) -> None:
         super().__init__(
             endpoint,
@@ -119,6 +143,7 @@ class AgentMemory(AsyncMemoryClient):
             failure_threshold=_NO_BREAKER,
             raise_on_error=True,
             error_bus="",  # the agent reports what it means for its callers
+            key_file=key,
         )
         # Whether it answers is for these to say: a caller with a short deadline is no witness of its silence.
         self._looks = AsyncMemoryClient(
@@ -128,6 +153,7 @@ class AgentMemory(AsyncMemoryClient):
             failure_threshold=rules.failure_threshold,
             reset_timeout_s=rules.reset_timeout_s,
             error_bus="",
+            key_file=key,
         )
         self.state = "loading"
         self._look_s = rules.look_s
@@ -135,6 +161,7 @@ class AgentMemory(AsyncMemoryClient):
         self._began_s = time.monotonic()
         self._doubt = asyncio.Event()
         self._silent = False  # known not to answer
+        self._refused = False  # it does not let this agent in
         self._waiting: set[asyncio.Timeout] = set()
 
     def key(self, step: str) -> str:
@@ -144,7 +171,7 @@ class AgentMemory(AsyncMemoryClient):
         who = caller()
         if who.request_id is None:
             return new_request_id()
-        parts = json.dumps([self.agent_id, who.namespace, who.agent_id, who.request_id, step])
+        parts = json.dumps([self.agent_id, who.namespace, *who.sender, who.request_id, step])
         return hashlib.blake2b(parts.encode(), digest_size=16).hexdigest()
 
     async def done(self, step: str) -> Reply | None:
@@ -189,6 +216,9 @@ class AgentMemory(AsyncMemoryClient):
             self._doubt.set()
             raise self._unavailable() from error
         except MemorySystemError as error:
+            if _is_own_key_refused(error.code, error.details.get("outcome")):
+                self._doubt.set()
+                raise self._unavailable() from error
             error.details = {name: value for name, value in error.details.items() if name not in _OF_THE_CALL}
             raise
 
@@ -223,10 +253,17 @@ class AgentMemory(AsyncMemoryClient):
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._doubt.wait(), self._look_s)
             else:
-                await asyncio.sleep(max(_PAUSE_S, self.get_circuit_breaker_status()["next_attempt_in_s"]))
+                least_s = REFUSED_S if self._refused else _PAUSE_S
+                await asyncio.sleep(max(least_s, self.get_circuit_breaker_status()["next_attempt_in_s"]))
 
     async def _look(self) -> bool:
         reply = await self._looks.get_commit_seq()
+        refused, self._refused = self._refused, _is_own_key_refused(reply.get("error_code"), reply.get("outcome"))
+        if self._refused:
+            if not refused:
+                log.error("key_refused", reason="the memory service does not let in the key of this agent")
+            self._fall_silent()
+            return False
         # A refusal of the call itself is an answer too: what is wrong then shows in the calls.
         if reply["status"] == "success" or not reply["retryable"]:
             self._silent = False
@@ -251,7 +288,12 @@ class AgentMemory(AsyncMemoryClient):
 
     def _caller(self) -> dict[str, str]:
         who = caller()
-        fields = {"namespace": who.namespace, "agent_id": who.agent_id or self.agent_id, "session_id": who.session_id}
+        fields = {
+            "namespace": who.namespace,
+            "agent_id": who.agent_id or self.agent_id,
+            "session_id": who.session_id,
+            "on_behalf_of": who.on_behalf_of,
+        }
         return {name: value for name, value in fields.items() if value is not None}
 
     def _budget_ms(self, asked_ms: float | None) -> float:
@@ -268,6 +310,11 @@ class AgentMemory(AsyncMemoryClient):
         wait_ms = self.get_circuit_breaker_status()["next_attempt_in_s"] * 1000.0
         text = "the memory service does not answer; try again later, with the same request_id"
         return Unavailable(text, retry_after_ms=round(wait_ms or RETRY_MS, 1))
+
+
+def _is_own_key_refused(code: object, outcome: object) -> bool:
+    """Whether the agent itself was not let in: what a caller of its may not do is refused by a reply."""
+    return code == AccessDenied.code and outcome == "not_sent"
 
 
 def _no_connection(reply: Reply) -> bool:

@@ -22,6 +22,7 @@ the errors of `memory_system/errors.py`; those of `self.memory` may pass. docs/w
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import inspect
 import os
 import sys
@@ -29,17 +30,19 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, ClassVar, Final, NoReturn, TypeVar
 
-from agents.agent_memory import AgentMemory, Caller, acting, caller, handling, passed_on
+from agents.agent_memory import NOBODY, AgentMemory, Caller, acting, caller, handling, passed_on
 from agents.locks import NamedLocks
 from memory_system import __version__, log
 from memory_system.actions import ActionServer, Request, Span
 from memory_system.deployment import settings_section
 from memory_system.fields import expected, hints_of
+from memory_system.grants import ANY, READ
+from memory_system.keys import key_for
 from memory_system.metrics import Family, traffic_families
 from memory_system.process_figures import process_figures
 from memory_system.program import connect_address, ends, listen_address, run_program
 from memory_system.reporting import Reporting
-from memory_system.security import policy_for
+from memory_system.security import Gate, policy_for
 from memory_system.settings import Settings
 
 __all__ = ["BaseAgent", "Caller", "Fields", "Request", "Span", "acting", "action", "caller", "passed_on"]
@@ -48,6 +51,7 @@ Fields = dict[str, Any]  # of a reply
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 
 _MARK: Final = "_is_action"
+_FOR_EVERYBODY: Final = frozenset({"health_check", "describe"})
 
 
 def action(method: Handler) -> Handler:
@@ -81,7 +85,8 @@ class BaseAgent:
         self.reporting = Reporting(settings, self.name)
         self.log = log.get_logger(self.name)
         endpoint = settings.agents.orchestrator or connect_address(network.bind, network.port)
-        self.memory = AgentMemory(endpoint, self.name, settings.agents, self._on_memory)
+        self.gate = Gate.of(settings)
+        self.memory = AgentMemory(endpoint, self.name, settings.agents, self._on_memory, key_for(self.name, settings))
         self.server = ActionServer(
             self.name,
             listen_address(network.bind, self.port),
@@ -91,6 +96,9 @@ class BaseAgent:
             port_key=f"{self.section}.port" if self.section else f"{type(self).__name__}.port",
             flat=True,
             around=self._around,
+            gate=self.gate,
+            domain="agents",
+            needs=_needs,
         )
         self._locks, self._under_way = NamedLocks(), NamedLocks()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -129,9 +137,9 @@ class BaseAgent:
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Do this beside the requests, until it ends or the agent does. A defect in it ends the agent, with status 1.
 
-        It acts as nobody, in namespace "default", unless it says otherwise with `acting`.
+        It acts for nobody but the agent, in namespace "default", unless it says otherwise with `acting`.
         """
-        with acting(namespace="default", agent_id=None, session_id=None, request_id=None, deadline_s=None):
+        with acting(**dataclasses.asdict(NOBODY)):
             task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._on_end)
@@ -165,6 +173,9 @@ class BaseAgent:
 
     async def _open(self) -> None:
         self._closers += [self.reporting.close, self.memory.close, self.server.close]
+        if self.gate is not None:
+            self._closers.insert(0, self.gate.close)
+            self.gate.open()
         self.server.bind()
         self._open_metrics()
         self._closers.append(self._cancel)
@@ -207,7 +218,7 @@ class BaseAgent:
             if who.request_id is None:
                 return await _result(call)
             # A request that is sent again while it is worked on waits, and then finds what was done.
-            async with self._under_way.hold((who.namespace, who.agent_id, who.request_id)):
+            async with self._under_way.hold((who.namespace, *who.sender, who.request_id)):
                 return await _result(call)
 
     def describe(self) -> Fields:
@@ -251,6 +262,12 @@ class BaseAgent:
             *self.reporting.families(),
             *self.families(),
         ]
+
+
+def _needs(action: str) -> str:
+    """What a caller's key has to permit before the agent begins. What it may write, the memory service says: each call
+    there is made in the caller's name."""
+    return ANY if action in _FOR_EVERYBODY else READ
 
 
 async def _result(call: Callable[[], Any]) -> Mapping[str, Any] | None:

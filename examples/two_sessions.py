@@ -5,15 +5,18 @@
 
 The session memory keeps the turns, the context manager chooses what a prompt needs of them: what a program with a
 language model does, without the model. Everything is in the namespace `two_sessions`, and deleted at the end unless
---keep is given. Needs nothing of this project but its running agents (make start-pc2).
+--keep is given. Needs nothing of this project but its running agents (make start-pc2), and, where these want keys, the
+file of one: MEMORY_KEY_FILE=data/keys/operator.key.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import secrets
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import zmq
@@ -38,6 +41,7 @@ class Agent:
         self.endpoint = endpoint
         self.socket = context.socket(zmq.REQ)
         self.socket.setsockopt(zmq.LINGER, 0)
+        show_key(self.socket)
         self.socket.connect(endpoint)
 
     def ask(self, action: str, **data: Any) -> dict[str, Any]:
@@ -50,6 +54,17 @@ class Agent:
         if reply["status"] != "success":
             sys.exit(f"{action}: {reply['message']} ({reply['error_code']})")
         return dict(reply)
+
+
+def show_key(socket: zmq.Socket[bytes]) -> None:
+    """Show the key of MEMORY_KEY_FILE, where there is one: four lines of `field: value`."""
+    path = os.environ.get("MEMORY_KEY_FILE")
+    if path:
+        lines = [line for line in Path(path).read_text().splitlines() if not line.startswith("#")]
+        key = dict(line.split(": ", 1) for line in lines)
+        socket.curve_serverkey = key["server"].encode()
+        socket.curve_publickey = key["public"].encode()
+        socket.curve_secretkey = key["secret"].encode()
 
 
 def say(sessions: Agent, session_id: str, role: str, content: str) -> None:

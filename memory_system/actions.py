@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import asyncio
 import difflib
-import functools
 import inspect
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
@@ -27,18 +26,22 @@ from types import TracebackType
 from typing import Any, Final
 
 from memory_system import protocol
-from memory_system.envelope import FIELDS, Request, echo_id, encode, read_request, unknown_field
+from memory_system.envelope import Request, echo_id, encode, read_request
 from memory_system.errors import (
     InternalError,
-    InvalidField,
     MemorySystemError,
     ReplyTooLarge,
     ShuttingDown,
     UnknownAction,
 )
-from memory_system.fields import Fields, Span, hints_of
+from memory_system.fields import Span
+from memory_system.grants import OPERATE, Identity, permission_for
+from memory_system.handlers import Action, Around, Handler
 from memory_system.log import get_logger
+from memory_system.permits import Needs, Permits
 from memory_system.request_server import RequestServer
+from memory_system.router import Sender
+from memory_system.security import Gate
 from memory_system.settings import Settings
 from memory_system.traffic import SUCCESS, Traffic
 
@@ -46,58 +49,15 @@ __all__ = ["ActionServer", "Actions", "Request", "Span"]
 
 log = get_logger("actions")
 
-Handler = Callable[..., Any]
-# (request, call) -> the result: does what `call()` does, with whatever has to be around it.
-Around = Callable[[Request, Callable[[], Any]], Any]
 HealthFigures = Callable[[], Mapping[str, Any] | Awaitable[Mapping[str, Any]]]
 
 # What a request is counted under that names no action of ours, or was not admitted.
 _INVALID: Final = "invalid"
 _REFUSED: Final = "refused"
-# Of the envelope, what an action may have as a field as well.
-_FIELDS_TOO: Final = ("session_id", "agent_id")
 _CANCEL_S: Final = 1.0  # for what a cancelled handler has to put back
-
-
-@dataclass(frozen=True, slots=True)
-class _Action:
-    """A handler, its fields, and the names of its parameters that take the request itself."""
-
-    name: str
-    handler: Handler
-    fields: Fields
-    request_parameters: frozenset[str]
-    flat: bool
-
-    @classmethod
-    def of(cls, name: str, handler: Handler, flat: bool) -> _Action:
-        hints = hints_of(handler)
-        takes_request = frozenset(each for each, hint in hints.items() if hint is Request and each != "return")
-        return cls(name, handler, Fields.of(handler, without=takes_request), takes_request, flat)
-
-    def call(self, request: Request, around: Around | None) -> Any:
-        arguments = self.fields.read(self._data(request), strict=not request.legacy)
-        for name in self.request_parameters:
-            arguments[name] = request
-        if around is None:
-            return self.handler(**arguments)
-        return around(request, functools.partial(self.handler, **arguments))
-
-    def _data(self, request: Request) -> Mapping[str, Any]:
-        """`data`, with the fields that stand beside the action instead."""
-        readers, data = self.fields.readers, dict(request.data)
-        for name, value in request.beside.items():
-            if name in data:
-                raise InvalidField(name, f"{name} is given twice: in data and beside the action")
-            if name not in readers and not request.legacy:
-                raise unknown_field(name, [*readers, *FIELDS])
-            data[name] = value
-        for name in _FIELDS_TOO:
-            value = getattr(request, name)
-            wanted = name in readers and (request.flat or (self.flat and name in self.fields.required))
-            if wanted and name not in data and value is not None:
-                data[name] = value
-        return data
+# What health_check tells whoever has a key; the rest is for operators.
+_HEALTH_FOR_ALL: Final = ("state", "readiness", "pid", "uptime_s", "version", "draining")
+_LOCAL: Final = Sender("", None)
 
 
 @dataclass(slots=True)
@@ -115,13 +75,21 @@ class Actions:
 
     `handlers`: action -> function. Raises TypeError for a function whose parameters cannot be fields. `flat`: requests
     may give their fields beside `action` instead of in `data`. `around(request, call)` is asked for every result
-    instead of `call()`, if given.
+    instead of `call()`, if given. `permits`: what callers may do, where they have keys.
     """
 
-    def __init__(self, handlers: Mapping[str, Handler], *, flat: bool = False, around: Around | None = None) -> None:
-        self._actions = {name: _Action.of(name, handler, flat) for name, handler in handlers.items()}
+    def __init__(
+        self,
+        handlers: Mapping[str, Handler],
+        *,
+        flat: bool = False,
+        around: Around | None = None,
+        permits: Permits | None = None,
+    ) -> None:
+        self._actions = {name: Action.of(name, handler, flat) for name, handler in handlers.items()}
         self._flat = flat
         self._around = around
+        self._permits = permits
         self._tasks: set[asyncio.Future[Any]] = set()
         self.traffic = Traffic()
 
@@ -134,14 +102,16 @@ class Actions:
         self.handle(body, answered.set_result, peer)
         return await answered
 
-    def handle(self, body: bytes, reply: Callable[[bytes], None], peer: bytes = b"", address: str = "") -> None:
+    def handle(self, body: bytes, reply: Callable[[bytes], None], peer: bytes = b"", sender: Sender = _LOCAL) -> None:
         """Answer a request of a peer by calling `reply` exactly once, now or later on the event loop."""
         asked = _Asked(protocol.is_json(body), time.monotonic())
         try:
-            request = read_request(body, peer, address, flat=self._flat)
+            request = self._read(body, peer, sender)
             asked.request_id = request.request_id
             action = self._find(request.action)
             asked.action = action.name
+            if self._permits is not None:
+                self._permits.check(action.name, request)
             result = action.call(request, self._around)
         except Exception as error:  # noqa: BLE001  whatever a request provokes is answered, never a crash
             if asked.request_id is None:
@@ -166,7 +136,12 @@ class Actions:
         if running:
             await asyncio.wait(running, timeout=_CANCEL_S)
 
-    def _find(self, name: str) -> _Action:
+    def _read(self, body: bytes, peer: bytes, sender: Sender) -> Request:
+        if self._permits is None:
+            return read_request(body, peer, sender.address, flat=self._flat)
+        return self._permits.read(body, peer, sender, flat=self._flat)
+
+    def _find(self, name: str) -> Action:
         action = self._actions.get(name)
         if action is None:
             raise _unknown_action(name, self._actions)
@@ -221,7 +196,8 @@ class ActionServer:
     `name` is the program's, `address` such as `tcp://127.0.0.1:5600` (see `program.listen_address`), `port_key` the
     setting to name when the port is taken. The server answers `health_check` with its process's figures, over which
     those of `health()` are laid: at least `state`, and whatever tells how the program is. The limits are those of
-    `settings.limits`; from other hosts come in whom `settings.security` names. For `flat` and `around` see Actions.
+    `settings.limits`; from other hosts come in whom `settings.security` names, or, with a `gate`, who has a key that
+    may enter its `domain`. For `flat`, `around` and `needs` see Actions.
 
     Either `async with`, or `bind()`, `start()`, and at the end `await drain()` and `close()`.
     """
@@ -237,11 +213,17 @@ class ActionServer:
         port_key: str = "its port",
         flat: bool = False,
         around: Around | None = None,
+        gate: Gate | None = None,
+        domain: str = "agents",
+        needs: Needs = permission_for,
     ) -> None:
         self._settings = settings
         self._health = health
-        self.actions = Actions({"health_check": self._health_check, **actions}, flat=flat, around=around)
-        self._server = RequestServer(address, settings, program=name, port_key=port_key)
+        handlers = {"health_check": self._health_check, **actions}
+        self._gate = gate
+        self._permits = Permits.of(gate, needs, settings, name)
+        self.actions = Actions(handlers, flat=flat, around=around, permits=self._permits)
+        self._server = RequestServer(address, settings, program=name, port_key=port_key, gate=gate, domain=domain)
 
     def __repr__(self) -> str:
         return f"ActionServer({self.actions!r}, {self._server!r})"
@@ -268,6 +250,8 @@ class ActionServer:
     def close(self) -> None:
         """Close the socket. May be called at any time."""
         self._server.close()
+        if self._permits is not None:
+            self._permits.close()
 
     async def __aenter__(self) -> ActionServer:
         try:
@@ -287,24 +271,32 @@ class ActionServer:
             self.close()
 
     def figures(self) -> dict[str, Any]:
-        """pid, uptime_s, in_flight, dropped_replies, busy_replies, draining, requests (by action or error code)."""
-        return {**self._server.figures(), "requests": self.actions.traffic.requests()}
+        """pid, uptime_s, in_flight, dropped_replies, busy_replies, draining, requests (by action or error code), and
+        security where there are keys (see Gate.figures)."""
+        found = {**self._server.figures(), "requests": self.actions.traffic.requests()}
+        return found if self._gate is None else {**found, "security": self._gate.figures()}
 
-    def _health_check(self) -> dict[str, Any] | Awaitable[dict[str, Any]]:
+    def _health_check(self, request: Request) -> dict[str, Any] | Awaitable[dict[str, Any]]:
         found = self._health() if self._health is not None else {}
         if inspect.isawaitable(found):
-            return self._health_later(found)
-        return {"state": "healthy", **self.figures(), **found}
+            return self._health_later(found, request.identity)
+        return _health_for(request.identity, {"state": "healthy", **self.figures(), **found})
 
-    async def _health_later(self, figures: Awaitable[Mapping[str, Any]]) -> dict[str, Any]:
+    async def _health_later(self, figures: Awaitable[Mapping[str, Any]], identity: Identity | None) -> dict[str, Any]:
         found = await figures
-        return {"state": "healthy", **self.figures(), **found}
+        return _health_for(identity, {"state": "healthy", **self.figures(), **found})
 
 
 def _unknown_action(name: str, known: Iterable[str]) -> UnknownAction:
     near = next(iter(difflib.get_close_matches(name[:80], known, n=1)), None)
     hint = f"; did you mean {near}?" if near else f"; there are {', '.join(sorted(known))}"
     return UnknownAction(f"there is no action {name[:80]!r}{hint}", **({"suggestion": near} if near else {}))
+
+
+def _health_for(identity: Identity | None, figures: dict[str, Any]) -> dict[str, Any]:
+    if identity is None or identity.may(OPERATE):
+        return figures
+    return {name: figures[name] for name in _HEALTH_FOR_ALL if name in figures}
 
 
 def _reply_fields(result: Any) -> Mapping[str, Any]:

@@ -1,7 +1,7 @@
 """Circuit breaker: a pure state machine; the clock is a parameter, so nothing here waits or reads time.
 
     CLOSED --failure_threshold failures in a row--> OPEN --reset_timeout_s--> HALF_OPEN (one probe)
-    HALF_OPEN --success--> CLOSED        HALF_OPEN --failure--> OPEN
+    HALF_OPEN --success--> CLOSED        HALF_OPEN --failure--> OPEN        OPEN --peer_is_back--> HALF_OPEN at once
 
 What counts as a failure is the caller's decision. A verdict is about the peer, not about the call that brought it:
 a success that arrives late, from a call begun before the breaker opened, closes it as well.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 State = Literal["closed", "open", "half_open"]
 # What a verdict changed. A probe that fails changes nothing: the breaker stays open.
@@ -29,6 +29,18 @@ class BreakerSnapshot:
     reset_timeout_s: float
     retry_after_s: float
     last_failure_s: float | None
+
+    def figures(self, now_s: float, wall_s: float) -> dict[str, Any]:
+        """For a person, with `last_failure_time` in epoch seconds; `wall_s` is those of `now_s`."""
+        ago_s = None if self.last_failure_s is None else now_s - self.last_failure_s
+        return {
+            "state": self.state,
+            "failure_count": self.failure_count,
+            "failure_threshold": self.failure_threshold,
+            "last_failure_time": None if ago_s is None else round(wall_s - ago_s, 3),
+            "reset_timeout_s": self.reset_timeout_s,
+            "next_attempt_in_s": self.retry_after_s,
+        }
 
 
 class CircuitBreaker:
@@ -80,6 +92,12 @@ class CircuitBreaker:
                 self._probe_at_s = now_s + self.reset_timeout_s
                 return "opened" if before == "closed" else None
             return None
+
+    def peer_is_back(self) -> None:
+        """There is a new sign of the peer (a connection came up): if the breaker is open, the next caller probes."""
+        with self._lock:
+            if self._state == "open":
+                self._probe_at_s = float("-inf")
 
     def abandon(self) -> None:
         """The call ended without a verdict (busy, cancelled): if it was the probe, the next caller gets it."""

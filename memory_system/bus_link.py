@@ -13,7 +13,8 @@ from typing import Any, Final
 
 import zmq
 
-from memory_system.errors import InvalidReply, Unreachable, from_reply
+from memory_system.errors import AccessDenied, InvalidReply, Unreachable, from_reply
+from memory_system.keys import KeyFile, apply_client
 
 ASK_S: Final = 2.0
 _QUEUED: Final = 10_000
@@ -21,6 +22,9 @@ _MAX_MESSAGE_BYTES: Final = 16 * 1024 * 1024
 _NOBLOCK: Final = int(zmq.NOBLOCK)
 _CONNECTED: Final = int(zmq.EVENT_HANDSHAKE_SUCCEEDED)
 _LOST: Final = int(zmq.EVENT_DISCONNECTED)
+_REFUSED: Final = int(zmq.EVENT_HANDSHAKE_FAILED_AUTH)
+_OTHER_MECHANISM: Final = int(zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL)
+_BROKEN_OFF: Final = int(zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL)
 
 Context = zmq.Context[zmq.Socket[bytes]]
 Socket = zmq.Socket[bytes]
@@ -30,23 +34,44 @@ _monitor_numbers = itertools.count()
 class Subscription:
     """A SUB socket, and the monitor that tells when it is connected and when no more."""
 
-    def __init__(self, context: Context, endpoint: str, *topics: str) -> None:
+    def __init__(self, context: Context, endpoint: str, *topics: str, key: KeyFile | None = None) -> None:
         self.endpoint = endpoint
-        self.socket = connected(context, zmq.SUB, None)
+        self.is_broken_off = False  # while the other side hangs up in the middle of the handshake
+        self._key = key
+        self.socket = connected(context, zmq.SUB, None, key)
         self.monitor = context.socket(zmq.PAIR)
         self.monitor.setsockopt(zmq.RCVHWM, 0)
         address = f"inproc://bus-connection-{next(_monitor_numbers)}"
-        self.socket.monitor(address, _CONNECTED | _LOST)
+        self.socket.monitor(address, _CONNECTED | _LOST | _REFUSED | _OTHER_MECHANISM | _BROKEN_OFF)
         self.monitor.connect(address)
         for topic in topics:
             self.socket.setsockopt(zmq.SUBSCRIBE, topic.encode())
         self.socket.connect(endpoint)
 
     def changes(self) -> Iterator[bool]:
-        """What happened to the connection since the last look: True for up, False for lost."""
+        """What happened to the connection since the last look: True for up, False for lost.
+
+        Raises AccessDenied when this reader is not let in: its socket would not try again by itself.
+        """
         while self.monitor.poll(0):
             (event, _) = struct.unpack("=hi", self.monitor.recv_multipart(_NOBLOCK)[0])
+            if event in (_REFUSED, _OTHER_MECHANISM):
+                raise AccessDenied(self._refusal(event))
+            if event == _BROKEN_OFF:
+                self.is_broken_off = True
+            elif event == _CONNECTED:
+                self.is_broken_off = False
             yield event == _CONNECTED
+
+    def _refusal(self, event: int) -> str:
+        if event == _OTHER_MECHANISM and self._key is None:
+            return f"{self.endpoint} lets in nobody without a key: name its file (MEMORY_KEY_FILE, or --key)"
+        if self._key is None or event == _OTHER_MECHANISM:
+            return f"{self.endpoint} and this reader do not agree on how to encrypt: is it a port of the error bus?"
+        return (
+            f"{self.endpoint} does not let in the key of {self._key.name}: it has to be known there, not revoked, "
+            "and its role operator or admin"
+        )
 
     def receive(self) -> bytes | None:
         """The next message, None when there is none."""
@@ -66,12 +91,13 @@ class Subscription:
 class Api:
     """One question at a time to the manager's API; the reply is looked for, never waited for."""
 
-    def __init__(self, context: Context, endpoint: str) -> None:
+    def __init__(self, context: Context, endpoint: str, key: KeyFile | None = None) -> None:
         self._context = context
         self._endpoint = endpoint
+        self._key = key
         self._request_id: str | None = None
         self.answer_until_s = math.inf
-        self.socket = connected(context, zmq.DEALER, endpoint)
+        self.socket = connected(context, zmq.DEALER, endpoint, key)
 
     @property
     def waits(self) -> bool:
@@ -98,11 +124,11 @@ class Api:
         self._request_id = None
         # A new socket: what is queued in the old one must not be sent when the manager comes back.
         self.socket.close(0)
-        self.socket = connected(self._context, zmq.DEALER, self._endpoint)
+        self.socket = connected(self._context, zmq.DEALER, self._endpoint, self._key)
         raise Unreachable(f"no answer from {self._endpoint}")
 
 
-def connected(context: Context, kind: int, endpoint: str | None) -> Socket:
+def connected(context: Context, kind: int, endpoint: str | None, key: KeyFile | None = None) -> Socket:
     """A socket with the options of a caller, connected if there is an endpoint."""
     socket = context.socket(kind)
     options = {
@@ -119,6 +145,7 @@ def connected(context: Context, kind: int, endpoint: str | None) -> Socket:
     }
     for option, value in options.items():
         socket.setsockopt(option, value)
+    apply_client(socket, key)
     if endpoint is not None:
         socket.connect(endpoint)
     return socket

@@ -33,6 +33,7 @@ from memory_system.events import (
     decode_message,
     kind_of,
 )
+from memory_system.keys import KeyFile
 
 PAGE_ROWS: Final = 500
 MAX_LAST: Final = 1000
@@ -47,9 +48,10 @@ class BusReader:
     """An iterator of the BusEvents that match the filters. Used by one thread.
 
     It begins with what happened since `since_s` (epoch seconds), else with the `last` newest events (at most
-    1,000). `severity` is the least severe. `on_state` gets a sentence when the manager cannot be reached, and None
+    1,000). `severity` is the least severe. `key`: whose role the manager asks for, where it lets in nobody without one
+    (operator or admin). `on_state` gets a sentence when the manager cannot be reached, and None
     when it can again; the reader goes on trying. Raises zmq.ZMQError for an endpoint that is none, ValueError for an
-    unknown severity, and while reading any error reply that asking again would not change.
+    unknown severity, and while reading AccessDenied and any error reply that asking again would not change.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class BusReader:
         severity: str = SEVERITIES[0],
         agent: str | None = None,
         error_type: str | None = None,
+        key: KeyFile | None = None,
         on_state: Callable[[str | None], None] = lambda reason: None,
     ) -> None:
         filters = {"severity": severity, "agent": agent, "error_type": error_type}
@@ -84,8 +87,8 @@ class BusReader:
         self._told_state: str | None = None
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         try:
-            self._live = Subscription(self._context, publish, ERROR_TOPIC, HEARTBEAT_TOPIC)
-            self._api = Api(self._context, api)
+            self._live = Subscription(self._context, publish, ERROR_TOPIC, HEARTBEAT_TOPIC, key=key)
+            self._api = Api(self._context, api, key)
         except BaseException:  # whatever it was, the sockets must not outlive it
             self._context.destroy(0)
             raise
@@ -216,7 +219,8 @@ class BusReader:
     def _look_at_connection(self, now_s: float) -> None:
         for up in self._live.changes():
             if not up:
-                self._problem("publish", f"the connection to {self._live.endpoint} is lost")
+                hint = ": does its public key stand in the key file?" if self._live.is_broken_off else ""
+                self._problem("publish", f"the connection to {self._live.endpoint} is lost{hint}")
                 continue
             self._connect_until_s = math.inf
             self._problem("publish", None)

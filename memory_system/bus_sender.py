@@ -15,10 +15,13 @@ from typing import Any, Final
 
 import zmq
 
+from memory_system.keys import KeyFile, apply_client
 from memory_system.outbox import Outbox
 
 # A connection that does not come up in this time is not waited for when the reporter closes.
 CONNECT_S: Final = 0.2
+# A socket whose key was once refused never connects again: one that has not connected in this time is made anew.
+ANEW_S: Final = 5.0
 # Without anything to say for so long, thread and connection end; the next report brings new ones.
 IDLE_S: Final = 10.0
 # Pause when no socket can be made: no descriptors left, or an endpoint that is none.
@@ -37,17 +40,19 @@ class Sender:
     that whoever reports finds it either alive or gone.
     """
 
-    def __init__(self, endpoint: str, outbox: Outbox, lock: threading.RLock) -> None:
+    def __init__(self, endpoint: str, outbox: Outbox, lock: threading.RLock, key: KeyFile | None = None) -> None:
         self.ended = threading.Event()
         self.ended.set()
         self.is_alive = False
         self._endpoint = endpoint
         self._outbox = outbox
         self._lock = lock
+        self._key = key
         self._bell: tuple[socket.socket, socket.socket] | None = None
         self._wants_events = False
         self._finish_from_s = 0.0
         self._finish_by_s: float | None = None
+        self._blocked_s: float | None = None  # since when nothing could be sent
         self._busy_s = time.monotonic()
 
     def start(self) -> None:
@@ -123,9 +128,10 @@ class Sender:
         link = context.socket(zmq.DEALER)
         linger_ms = 0
         try:
-            _connect(link, self._endpoint)
+            _connect(link, self._endpoint, self._key)
             opened_s = time.monotonic()
-            while not self._outbox.is_overdue(time.monotonic()):
+            self._blocked_s = None
+            while not self._is_in_doubt(time.monotonic()):
                 blocked = not self._send(link)
                 if self._is_over(opened_s if blocked else None):
                     linger_ms = 0 if blocked else LINGER_MS
@@ -135,6 +141,11 @@ class Sender:
         finally:
             link.close(linger_ms)
 
+    def _is_in_doubt(self, now_s: float) -> bool:
+        """Whether the answer, or the connection itself, has not come in time."""
+        is_stuck = self._blocked_s is not None and now_s >= self._blocked_s + ANEW_S
+        return is_stuck or self._outbox.is_overdue(now_s)
+
     def _send(self, link: zmq.Socket[bytes]) -> bool:
         """Send what is due; False: there is no connection to send it on."""
         now_s = time.monotonic()
@@ -142,11 +153,13 @@ class Sender:
             if (heartbeat := self._outbox.heartbeat(now_s)) is not None:
                 link.send_multipart((b"", heartbeat), zmq.NOBLOCK)
                 self._outbox.heartbeat_sent(heartbeat)
-                self._busy_s = now_s
+                self._busy_s, self._blocked_s = now_s, None
             if (batch := self._outbox.batch(now_s)) is not None:
                 link.send_multipart((b"", batch), zmq.NOBLOCK)
                 self._outbox.batch_sent(now_s)
+                self._blocked_s = None
         except zmq.Again:
+            self._blocked_s = now_s if self._blocked_s is None else self._blocked_s
             return False
         return True
 
@@ -193,12 +206,14 @@ class Sender:
         wait_s = self._outbox.wait_s(now_s)
         if wait_s is None:
             wait_s = max(0.0, self._busy_s + IDLE_S - now_s)
-        elif blocked and self._outbox.is_under_way:
-            return -1  # until there is a connection
+        if self._blocked_s is not None:
+            # Until there is a connection, or it is time for another try.
+            until_anew_s = max(0.0, self._blocked_s + ANEW_S - now_s)
+            wait_s = until_anew_s if blocked and self._outbox.is_under_way else min(wait_s, until_anew_s)
         return math.ceil(wait_s * 1000.0)
 
 
-def _connect(link: zmq.Socket[bytes], endpoint: str) -> None:
+def _connect(link: zmq.Socket[bytes], endpoint: str, key: KeyFile | None) -> None:
     link.setsockopt(zmq.LINGER, 0)
     # What is sent without a connection would wait in a queue of libzmq, and leave it as a duplicate.
     link.setsockopt(zmq.IMMEDIATE, 1)
@@ -212,4 +227,5 @@ def _connect(link: zmq.Socket[bytes], endpoint: str) -> None:
     link.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
     link.setsockopt(zmq.HEARTBEAT_IVL, 5000)
     link.setsockopt(zmq.HEARTBEAT_TIMEOUT, 10_000)
+    apply_client(link, key)
     link.connect(endpoint)

@@ -11,17 +11,22 @@ from memory_system import protocol
 from memory_system.decoding import JSON, Encoding
 from memory_system.errors import InvalidField
 from memory_system.filters import Filter, conditions, parse_filter
+from memory_system.security.guard import Caller
 
 T = TypeVar("T", bound=Struct)
 
 
 class Call(Struct, frozen=True, kw_only=True):
-    """Who asks, where and by when. `now_s` is wall time, `started_s` and `deadline_s` are monotonic."""
+    """Who asks, where and by when. `now_s` is wall time, `started_s` and `deadline_s` are monotonic.
+
+    `caller` is a name to be shown; what belongs to whom goes by `who`.
+    """
 
     action: str
     peer: bytes  # the connection
     namespace: str
     caller: str
+    who: Caller
     session_id: str | None
     request_id: str | None  # the idempotency key, None for legacy callers
     fingerprint: bytes

@@ -6,7 +6,7 @@ The drivers in memory_client.py ask a `Call` what to do and tell it what happene
     resume_at_s      when the next attempt may begin
     body(now)        bytes of the next attempt; None: the call is over
     sent(now)        the attempt left and may be waited for until `attempt_ends_s`
-    not_sent(now)    no connection came up within the connect budget
+    not_sent(now)    no connection came up within the connect budget (`closed_early`: the service hung up on each)
     unanswered(now)  the connection was lost, or `attempt_ends_s` passed
     received(body)   bytes came back (`answered`: already decoded)
     fail(error)      the driver cannot go on
@@ -26,11 +26,15 @@ from memory_system import protocol as p
 from memory_system.breaker import CircuitBreaker, Transition
 from memory_system.client_reports import Reports, bus_endpoint
 from memory_system.client_retry import backoff_s, retry_after_s
+from memory_system.keys import KeyFile, key_given
 
 Reply = dict[str, Any]
 R = TypeVar("R")
 
 MAX_DEADLINE_MS: Final = 86_400_000.0
+_HANGS_UP: Final = (
+    "ends each connection in its handshake: the key file is of another service (its line `server`), or it is too busy"
+)
 # Less time than this is not worth an attempt; timers of some event loops fire up to 1 ms early.
 MIN_ATTEMPT_S: Final = 0.001
 
@@ -42,6 +46,7 @@ class Call:
         "_attempt_timeout_s",
         "_attempts",
         "_breaker",
+        "_closed_early",
         "_endpoint",
         "_heard",
         "_lost",
@@ -72,6 +77,7 @@ class Call:
         self._attempts = 0
         self._breaker: CircuitBreaker | None = None
         self._heard = False  # some attempt was answered, so the service lives
+        self._closed_early = False  # the last attempt's connections were closed in their handshake
         self._lost = False  # some attempt left and was never answered, so its effect is unknown
         self._refusal: Reply | None = None  # the last attempt's answer, if it was "not now"
 
@@ -103,8 +109,9 @@ class Call:
         self.sent_s = now_s
         self.attempt_ends_s = min(now_s + self._attempt_timeout_s, self.deadline_s)
 
-    def not_sent(self, now_s: float) -> None:
+    def not_sent(self, now_s: float, *, closed_early: bool = False) -> None:
         self._refusal = None
+        self._closed_early = closed_early
         self._pause(now_s, 0.0)
 
     def unanswered(self, now_s: float) -> None:
@@ -175,6 +182,8 @@ class Call:
             self.reply = self._error(errors.RequestTimeout(text, **facts))
         else:
             text = f"no connection to {self._endpoint} in time; is the orchestrator running?"
+            if self._closed_early:
+                text = f"{self._endpoint} {_HANGS_UP}"
             self.reply = self._error(errors.Unreachable(text, **facts))
         if self._breaker is None:
             return
@@ -202,6 +211,8 @@ class ClientCore(abc.ABC, Generic[R]):
         its `details` then have `outcome` and `request_id`.
     error_bus: where failures are reported to, an endpoint; "": nowhere. None: the environment's MEMORY_ERROR_BUS_ADDR,
         else port 7152 of the orchestrator's host if the orchestrator has its usual port, else nowhere.
+    key_file: the file with this client's key, for a service whose callers need one, or what `load_key_file` read of it;
+        None: the environment's MEMORY_KEY_FILE, else no key. Raises ConfigError for a file that is not usable.
     """
 
     def __init__(
@@ -218,6 +229,7 @@ class ClientCore(abc.ABC, Generic[R]):
         attempt_timeout_ms: float | None = None,
         connect_timeout_ms: int = 300,
         error_bus: str | None = None,
+        key_file: str | os.PathLike[str] | KeyFile | None = None,
     ) -> None:
         if not 1.0 <= timeout_ms <= MAX_DEADLINE_MS:
             raise ValueError(f"timeout_ms must be from 1 to {MAX_DEADLINE_MS:.0f}, not {timeout_ms}")
@@ -235,7 +247,8 @@ class ClientCore(abc.ABC, Generic[R]):
         # One for each process: a lock that another thread held during a fork stays locked in the child.
         self._breakers = {os.getpid(): CircuitBreaker(*self._breaker_limits)}
         self._connections: dict[int, Any] = {}  # the driver's, by process id
-        self._reports = Reports(self.endpoint, bus_endpoint(error_bus, self.endpoint))
+        self._key = key_given(key_file)
+        self._reports = Reports(self.endpoint, bus_endpoint(error_bus, self.endpoint), self._key)
         self._closed = False
 
     def set_agent_id(self, agent_id: str | None) -> None:
@@ -257,20 +270,15 @@ class ClientCore(abc.ABC, Generic[R]):
     ) -> R:
         """Run any action of the wire. `deadline_ms` replaces `timeout_ms` for this call."""
 
+    @abc.abstractmethod
+    def _is_connected_again(self) -> bool:
+        """Whether the connection that the caller's last attempt did not find has come up since."""
+
     def get_circuit_breaker_status(self) -> dict[str, Any]:
         """state (closed | open | half_open), failure_count, failure_threshold, last_failure_time (epoch seconds or
         None), reset_timeout_s, next_attempt_in_s (0.0: now). Local: asks nobody."""
         now_s = time.monotonic()
-        seen = self._breaker().snapshot(now_s)
-        ago_s = None if seen.last_failure_s is None else now_s - seen.last_failure_s
-        return {
-            "state": seen.state,
-            "failure_count": seen.failure_count,
-            "failure_threshold": seen.failure_threshold,
-            "last_failure_time": None if ago_s is None else round(time.time() - ago_s, 3),
-            "reset_timeout_s": seen.reset_timeout_s,
-            "next_attempt_in_s": seen.retry_after_s,
-        }
+        return self._breaker().snapshot(now_s).figures(now_s, time.time())
 
     def reset_circuit_breaker(self) -> None:
         """Close the breaker and forget its failures."""
@@ -306,7 +314,10 @@ class ClientCore(abc.ABC, Generic[R]):
         elif not 1.0 <= budget_ms <= MAX_DEADLINE_MS:
             call.fail(errors.InvalidField("deadline_ms", f"deadline_ms must be from 1 to {MAX_DEADLINE_MS:.0f}"))
         else:
-            call.admit(self._breaker(), now_s)
+            breaker = self._breaker()
+            if breaker.state == "open" and self._is_connected_again():
+                breaker.peer_is_back()
+            call.admit(breaker, now_s)
         return call
 
     def _end(self, call: Call) -> Reply:

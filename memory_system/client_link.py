@@ -11,19 +11,31 @@ import functools
 import itertools
 import math
 import os
+import random
+import struct
 import threading
+import time
 import warnings
 from typing import Any, Final
 
 import zmq
 
-from memory_system.errors import ClientClosed
+from memory_system.errors import AccessDenied, ClientClosed
+from memory_system.keys import KeyFile, apply_client
 from memory_system.protocol import SOCKET_MAX_MESSAGE_BYTES
 
 # Most replies come within this time, and waiting for the socket alone is cheaper than for socket and monitor.
 FIRST_WAIT_MS: Final = 50
 # How long `close` waits for a thread to let go of its link; more than any wait that does not look for the end.
 RELEASE_S: Final = 1.0
+
+_CONNECTED: Final = int(zmq.EVENT_HANDSHAKE_SUCCEEDED)
+_DISCONNECTED: Final = int(zmq.EVENT_DISCONNECTED)
+_KEY_REFUSED: Final = int(zmq.EVENT_HANDSHAKE_FAILED_AUTH)
+_OTHER_MECHANISM: Final = int(zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL)
+_CLOSED_EARLY: Final = int(zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL)
+_EVENTS: Final = _CONNECTED | _DISCONNECTED | _KEY_REFUSED | _OTHER_MECHANISM | _CLOSED_EARLY
+_EVENT: Final = struct.Struct("=HI")  # of a monitor's first frame: what happened, and a value
 
 _monitor_numbers = itertools.count()
 
@@ -37,15 +49,25 @@ class Link:
     """A socket to the service and the monitor that tells when its connection is lost.
 
     Used by one thread at a time. After a fork the child must neither use nor close it, so its `close` does nothing.
+    `look` reads the monitor: `lost` is then whether a connection has ended, `refusal` why the service takes none of
+    this client, after which libzmq does not try again, `closed_early` how often it hung up in the handshake.
     """
 
-    def __init__(self, context: zmq.Context[Any], kind: int, endpoint: str, connect_timeout_ms: int) -> None:
+    def __init__(
+        self, context: zmq.Context[Any], kind: int, endpoint: str, connect_timeout_ms: int, key: KeyFile | None = None
+    ) -> None:
         self.lock = threading.Lock()
-        self.closed = False
+        self.closed = self.lost = self._connected = False
+        self.refusal: AccessDenied | None = None
+        self.closed_early = 0
+        self._endpoint = endpoint
+        self._key = key
+        self.missed = False  # the last send found no connection
         self._pid = os.getpid()
         self.socket = context.socket(kind)
         self.monitor = context.socket(zmq.PAIR)
         self.poller = zmq.Poller()
+        self._opening = zmq.Poller()
         try:
             self._connect(endpoint, connect_timeout_ms)
         except BaseException:  # whatever it was, the two sockets must not outlive it
@@ -62,32 +84,73 @@ class Link:
         socket.setsockopt(zmq.MAXMSGSIZE, SOCKET_MAX_MESSAGE_BYTES)
         socket.setsockopt(zmq.CONNECT_TIMEOUT, 3000)
         socket.setsockopt(zmq.HANDSHAKE_IVL, 3000)
-        # libzmq doubles the interval up to the maximum: a restarted service is found within a second.
-        socket.setsockopt(zmq.RECONNECT_IVL, 100)
-        socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+        # libzmq doubles the interval up to the maximum: a restarted service is found within a second. Each link has
+        # a rhythm of its own, else all clients of a service that went away would come back in the same instant.
+        socket.setsockopt(zmq.RECONNECT_IVL, random.randint(50, 150))
+        socket.setsockopt(zmq.RECONNECT_IVL_MAX, random.randint(500, 1000))
         socket.setsockopt(zmq.HEARTBEAT_IVL, 5000)
         socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 10_000)
         # libzmq's I/O thread writes events and would block for good on a full pipe that nobody reads.
         self.monitor.setsockopt(zmq.RCVHWM, 0)
         self.monitor.setsockopt(zmq.LINGER, 0)
         address = f"inproc://connection-lost-{next(_monitor_numbers)}"
-        socket.monitor(address, zmq.EVENT_DISCONNECTED)
+        socket.monitor(address, _EVENTS)
         self.monitor.connect(address)
+        apply_client(socket, self._key)
         socket.connect(endpoint)
-        self.poller.register(socket, zmq.POLLIN)
-        self.poller.register(self.monitor, zmq.POLLIN)
+        for poller, awaited in ((self.poller, zmq.POLLIN), (self._opening, zmq.POLLOUT)):
+            poller.register(socket, awaited)
+            poller.register(self.monitor, zmq.POLLIN)
 
     def send(self, body: bytes, wait_s: float) -> bool:
-        """Send one frame; False if no connection came up within `wait_s`."""
-        for wait_ms in (math.ceil(wait_s * 1000.0), 0):
+        """Send one frame; False if no connection came up within `wait_s`, or the service takes none: see `refusal`."""
+        until_s = time.monotonic() + wait_s
+        while True:
             try:
                 self.socket.send(body, zmq.NOBLOCK)
+                self.missed = False
                 return True
             except zmq.Again:
                 # A new socket has no connection yet, however near the service is.
-                if wait_ms <= 0 or not self.socket.poll(wait_ms, zmq.POLLOUT):
-                    break
+                if not self._connection(until_s):
+                    self.missed = True
+                    return False
+
+    def _connection(self, until_s: float) -> bool:
+        """Wait for one; False if there is none by then, or will be none."""
+        while self.refusal is None and (left_s := until_s - time.monotonic()) > 0.0:
+            ready = dict(self._opening.poll(math.ceil(left_s * 1000.0)))
+            if self.socket in ready:
+                return True
+            if self.monitor in ready:
+                self.look()
         return False
+
+    def look(self) -> None:
+        """Read what has become of the connection."""
+        while True:
+            try:
+                frames = self.monitor.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._note(*_EVENT.unpack(frames[0]))
+
+    def _note(self, event: int, value: int) -> None:
+        if event == _CONNECTED:
+            self._connected = True
+            self.closed_early = 0
+        elif event == _DISCONNECTED:  # also after a handshake that failed: that was no connection
+            self.lost = self.lost or self._connected
+            self._connected = False
+        elif event == _CLOSED_EARLY:
+            self.closed_early += 1
+        else:
+            self.refusal = _refusal(self._endpoint, self._key, event, value)
+
+    def is_connected_again(self) -> bool:
+        """Whether there is a connection now, while the last send found none. For the thread that sends."""
+        with self.lock:
+            return self.missed and not self.closed and bool(self.socket.getsockopt(zmq.EVENTS) & zmq.POLLOUT)
 
     def close(self) -> None:
         if self.closed or self._pid != os.getpid():
@@ -100,7 +163,7 @@ class Link:
         self.socket.close(0)
 
     def __del__(self) -> None:
-        if not hasattr(self, "poller"):
+        if not hasattr(self, "_opening"):
             return
         if self._pid == os.getpid():
             self.close()
@@ -108,7 +171,17 @@ class Link:
         with warnings.catch_warnings():
             # pyzmq closes nothing of another process, but warns that it was left open.
             warnings.simplefilter("ignore", ResourceWarning)
-            del self.poller, self.monitor, self.socket
+            del self.poller, self._opening, self.monitor, self.socket
+
+
+def _refusal(endpoint: str, key: KeyFile | None, event: int, value: int) -> AccessDenied:
+    """Why there will be no connection, from what the handshake ended with."""
+    if event == _KEY_REFUSED:
+        name = "this client" if key is None else key.name
+        return AccessDenied(f"{endpoint} does not take the key of {name}: it is not known there, or was revoked")
+    if key is None:
+        return AccessDenied(f"{endpoint} takes callers with a key only; set MEMORY_KEY_FILE, or give a key_file")
+    return AccessDenied(f"{endpoint} speaks without keys, and this client with one only (protocol error {value:#x})")
 
 
 class Sockets:
@@ -126,9 +199,9 @@ class Sockets:
         self._links: set[Link] = set()
         _open.add(self)
 
-    def connect(self, kind: int, endpoint: str, connect_timeout_ms: int) -> Link:
+    def connect(self, kind: int, endpoint: str, connect_timeout_ms: int, key: KeyFile | None) -> Link:
         """A new link. Raises ZMQError."""
-        link = Link(self._context, kind, endpoint, connect_timeout_ms)
+        link = Link(self._context, kind, endpoint, connect_timeout_ms, key)
         self._links.add(link)
         return link
 
@@ -183,9 +256,10 @@ class _ThreadEnd:
 class Pool:
     """One process's links, one for each thread; a link closes when its thread ends."""
 
-    def __init__(self, endpoint: str, connect_timeout_ms: int) -> None:
+    def __init__(self, endpoint: str, connect_timeout_ms: int, key: KeyFile | None = None) -> None:
         self._endpoint = endpoint
         self._connect_timeout_ms = connect_timeout_ms
+        self._key = key
         self._sockets: Sockets | None = None
         self._lock = threading.Lock()
         self._local = threading.local()
@@ -201,10 +275,15 @@ class Pool:
                 raise ClientClosed("the client is closed")
             if self._sockets is None:
                 self._sockets = Sockets()
-            link = self._sockets.connect(zmq.REQ, self._endpoint, self._connect_timeout_ms)
+            link = self._sockets.connect(zmq.REQ, self._endpoint, self._connect_timeout_ms, self._key)
         self._local.end = _ThreadEnd(self._sockets, link)  # lets go of the link before
         self._local.link = link
         return link
+
+    def is_connected_again(self) -> bool:
+        """Of this thread's link."""
+        link: Link | None = getattr(self._local, "link", None)
+        return link is not None and link.is_connected_again()
 
     def close(self) -> None:
         with self._lock:

@@ -16,6 +16,7 @@ import zmq
 from memory_system.client_core import Call, Reply
 from memory_system.client_link import Link, Sockets, only
 from memory_system.errors import ClientClosed, InvalidReply, InvalidRequest
+from memory_system.keys import KeyFile
 from memory_system.protocol import decode_reply
 
 # The service answers `busy` above 64 requests of one client; half of that leaves room for repeated attempts.
@@ -31,11 +32,12 @@ class Pipe:
     call takes nobody's message with it.
     """
 
-    def __init__(self, endpoint: str, connect_timeout_ms: int) -> None:
+    def __init__(self, endpoint: str, connect_timeout_ms: int, key: KeyFile | None = None) -> None:
         self.loop = asyncio.get_running_loop()
         self.pid = os.getpid()
         self._endpoint = endpoint
         self._connect_timeout_ms = connect_timeout_ms
+        self._key = key
         self._slots = asyncio.Semaphore(MAX_IN_FLIGHT)
         self._sockets = Sockets()
         self._waiting: dict[str, asyncio.Future[Reply | InvalidReply | None]] = {}
@@ -64,8 +66,15 @@ class Pipe:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._ended.wait(), left_s)
 
+    def is_connected_again(self) -> bool:
+        if self._link is None or not self._link.is_connected_again():
+            return False
+        self._on_socket()  # asking can swallow the descriptor's signal that something is to be read
+        return True
+
     async def attempt(self, call: Call) -> None:
-        """One attempt of a call. Raises ZMQError when no socket can be made, ClientClosed after `close`."""
+        """One attempt of a call. Raises ZMQError when no socket can be made, ClientClosed after `close`,
+        AccessDenied when the service takes no connection of this client."""
         body = call.body(time.monotonic())
         if body is None:
             return
@@ -76,7 +85,7 @@ class Pipe:
         try:
             link = await self._send(body, min(time.monotonic() + self._connect_timeout_ms / 1000.0, call.deadline_s))
             if link is None:
-                call.not_sent(time.monotonic())
+                call.not_sent(time.monotonic(), closed_early=self._link is not None and self._link.closed_early > 0)
                 return
             call.sent(time.monotonic())
             future = self._waiting[call.request_id] = self.loop.create_future()
@@ -90,13 +99,17 @@ class Pipe:
             link = self._open()
             try:
                 link.socket.send_multipart((b"", body), zmq.NOBLOCK)
+                link.missed = False
                 return link
             except zmq.Again:
                 connected = self.loop.create_future()
                 self._blocked.add(connected)
                 try:
                     if not await self._until(until_s, connected):
+                        link.missed = True
                         return None
+                    if link.refusal is not None:
+                        raise link.refusal
                 finally:
                     self._blocked.discard(connected)
 
@@ -124,7 +137,7 @@ class Pipe:
         if self._closed:
             raise ClientClosed("the client is closed")
         if self._link is None:
-            self._link = link = self._sockets.connect(zmq.DEALER, self._endpoint, self._connect_timeout_ms)
+            self._link = link = self._sockets.connect(zmq.DEALER, self._endpoint, self._connect_timeout_ms, self._key)
             self.loop.add_reader(link.socket.getsockopt(zmq.FD), self._on_socket)
             self.loop.add_reader(link.monitor.getsockopt(zmq.FD), self._on_monitor)
             # A descriptor signals only after its socket was once found empty.
@@ -147,8 +160,12 @@ class Pipe:
                 _resolve(connected, True)
 
     def _on_monitor(self) -> None:
-        """Its only event is the loss of the connection, and with it of every reply that is waited for."""
-        if self._link is not None and self._link.monitor.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+        """What matters is the loss of the connection, and with it of every reply that is waited for, or its refusal."""
+        link = self._link
+        if link is None:
+            return
+        link.look()
+        if link.lost or link.refusal is not None:
             self._on_socket()  # replies that came before the end
             self._drop_link()
 

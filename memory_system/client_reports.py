@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from memory_system.breaker import BreakerSnapshot, Transition
 from memory_system.error_bus import ADDRESS_VARIABLE, REPORT_PORT, shared_reporter
+from memory_system.keys import KeyFile
 from memory_system.protocol import DEFAULT_PORT, ERROR_CODES
 
 # Errors that somebody has to look after; all others are between the service and the caller.
@@ -83,9 +84,10 @@ def transition_report(transition: Transition, seen: BreakerSnapshot, endpoint: s
 class Reports:
     """The events of one client, sent by the process's one reporter for this bus. Never blocks and never raises."""
 
-    def __init__(self, endpoint: str, bus: str) -> None:
+    def __init__(self, endpoint: str, bus: str, key: KeyFile | None = None) -> None:
         self._endpoint = endpoint
         self._bus = bus
+        self._key = key
         self._limit = FailureLimit()
 
     def tell_failure(self, reply: Mapping[str, Any], action: str, request_id: str, agent: str | None) -> None:
@@ -103,7 +105,7 @@ class Reports:
             self._send(transition_report(transition, seen, self._endpoint), request_id, agent)
 
     def _send(self, report: Report, request_id: str | None, agent: str | None) -> None:
-        shared_reporter(self._bus, NAMELESS_AGENT).report(
+        shared_reporter(self._bus, NAMELESS_AGENT, self._key).report(
             report.error_type,
             report.message,
             report.severity,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import difflib
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -14,7 +14,7 @@ from memory_system import protocol
 from memory_system.calls import Call
 from memory_system.decoding import Encoding, decode_envelope, encoding_of
 from memory_system.errors import (
-    AccessDenied,
+    CannotStart,
     DeadlineExceeded,
     InternalError,
     MemorySystemError,
@@ -25,15 +25,20 @@ from memory_system.errors import (
 from memory_system.log import get_logger
 from memory_system.models import PARAMS, Envelope
 from memory_system.params import Params
-from memory_system.security import is_admin
+from memory_system.router import Sender
+from memory_system.security.guard import Asked, Caller, Guard
 from memory_system.storage.idempotency import fingerprint
 from memory_system.traffic import SUCCESS, Traffic
+from memory_system.turns import CLIENT
 
 log = get_logger("dispatch")
 
 Reply = dict[str, Any]
 Handler = Callable[[Call, Any], Reply | Awaitable[Reply]]
 DEFAULT_NAMESPACE = "default"
+_LOCAL = Sender("", None)
+# What holds the items of a batch, each of which counts as a request.
+_ITEMS = {"batch_add_memories": "memories", "batch_get_memories": "memory_ids", "batch_search": "queries"}
 
 
 class _EchoId(msgspec.Struct):
@@ -45,22 +50,21 @@ class _EchoId(msgspec.Struct):
 class Dispatcher:
     """Answers request bodies; knows nothing of sockets.
 
-    `handlers`: action -> operation. `commit_seq`: namespace -> number of its last change. `admits`: whether the peer of
-    an IP address may call admin actions.
+    `handlers`: action -> operation. `commit_seq`: namespace -> number of its last change. `guard` says who may do what.
     """
 
     def __init__(
         self,
         handlers: Mapping[str, Handler],
         commit_seq: Callable[[str], int],
-        admits: Callable[[str], bool] = is_admin,
+        guard: Guard | None = None,
     ) -> None:
         missing = protocol.ACTIONS ^ set(handlers)
         if missing:
             raise InternalError(f"actions without an operation, or the reverse: {sorted(missing)}")
         self._handlers = handlers
         self._commit_seq = commit_seq
-        self._admits = admits
+        self._guard = guard or Guard()
         self._tasks: set[asyncio.Task[Reply]] = set()
         self.traffic = Traffic()
         self.ignored_fields = 0
@@ -71,28 +75,31 @@ class Dispatcher:
         self.handle(body, answered.set_result)
         return await answered
 
-    def handle(self, body: bytes, reply: Callable[[bytes], None], peer: bytes = b"", address: str = "") -> None:
+    def handle(self, body: bytes, reply: Callable[[bytes], None], peer: bytes = b"", sender: Sender = _LOCAL) -> None:
         """Answer a request of a peer by calling `reply` exactly once, now or later on the event loop.
 
-        `address`: the peer's IP address; empty: it is of this machine.
+        `sender`: the peer's IP address (empty: it is of this machine) and its key.
         """
         started_s = time.monotonic()
+        CLIENT.set(peer)  # for this call and the tasks that it begins
         encoding = encoding_of(body)
         request_id: str | None = None
         action = "invalid"
+        who: Caller | None = None
         try:
             envelope = self._envelope(body, encoding)
             request_id = envelope.request_id
-            action, handler = self._handler(envelope, address)
-            params, call = self._call(action, envelope, encoding, peer, started_s)
+            action, handler = self._handler(envelope)
+            who = self._guard.admit(_asked(action, envelope, sender))
+            params, call = self._call(action, envelope, encoding, peer, who, started_s)
             result = handler(call, params)
         except MemorySystemError as error:
             if request_id is None:
                 request_id = _echo_id(body, encoding)
-            reply(self._error(error, action, encoding, request_id, started_s))
+            reply(self._error(error, action, encoding, request_id, started_s, who))
             return
         except Exception as error:  # noqa: BLE001  whatever a request provokes is answered, never a crash
-            reply(self._error(_unexpected(error, action, request_id), action, encoding, request_id, started_s))
+            reply(self._error(_unexpected(error, action, request_id), action, encoding, request_id, started_s, who))
             return
         if isinstance(result, dict):
             reply(self._success(result, call, request_id))
@@ -110,17 +117,15 @@ class Dispatcher:
         self.ignored_fields += decoded.ignored
         return decoded.envelope
 
-    def _handler(self, envelope: Envelope, address: str) -> tuple[str, Handler]:
+    def _handler(self, envelope: Envelope) -> tuple[str, Handler]:
         action = protocol.ACTION_ALIASES.get(envelope.action, envelope.action)
         handler = self._handlers.get(action)
         if handler is None:
             raise _unknown_action(envelope.action)
-        if action in protocol.ADMIN_ACTIONS and not self._admits(address):
-            raise AccessDenied(f"{action} is for callers of the service's own machine; {address} is another")
         return action, handler
 
     def _call(
-        self, action: str, envelope: Envelope, encoding: Encoding, peer: bytes, started_s: float
+        self, action: str, envelope: Envelope, encoding: Encoding, peer: bytes, who: Caller, started_s: float
     ) -> tuple[Params, Call]:
         legacy = envelope.v is None
         data = bytes(envelope.data)
@@ -129,6 +134,8 @@ class Dispatcher:
         params, unknown = encoding.decode(PARAMS[action], data, lax=legacy)
         if unknown is not None:
             self._note_ignored()
+        if action in _ITEMS:
+            self._guard.charge(who, len(getattr(params, _ITEMS[action])))
         write = action not in protocol.READ_ACTIONS
         deadline_s = None
         if envelope.deadline_ms is not None:
@@ -139,7 +146,8 @@ class Dispatcher:
             action=action,
             peer=peer,
             namespace=envelope.namespace or DEFAULT_NAMESPACE,
-            caller=envelope.agent_id or "",
+            caller=who.label,
+            who=who,
             session_id=envelope.session_id,
             request_id=envelope.request_id if write and not legacy else None,
             fingerprint=fingerprint(action, data + (envelope.session_id or "").encode()) if write else b"",
@@ -182,7 +190,8 @@ class Dispatcher:
         if request_id is None:
             del reply["request_id"]
         if "commit_seq" not in result:
-            reply["commit_seq"] = self._commit_seq(call.namespace)
+            seen = call.who.sees_namespace(call.namespace)
+            reply["commit_seq"] = self._commit_seq(call.namespace) if seen else 0
         try:
             body = call.encoding.encode(reply)
         except Exception as error:  # noqa: BLE001  a reply that cannot be encoded is a defect, and still answered
@@ -191,19 +200,51 @@ class Dispatcher:
             large = ReplyTooLarge(f"the reply has {len(body)} bytes, the limit is {protocol.MAX_MESSAGE_BYTES}")
             return self._failure(large, call, request_id)
         self.traffic.record(call.action, SUCCESS, time.monotonic() - call.started_s)
+        self._guard.ended(call.who, SUCCESS)
         return body
 
     def _failure(self, error: MemorySystemError, call: Call, request_id: str | None) -> bytes:
-        return self._error(error, call.action, call.encoding, request_id, call.started_s)
+        return self._error(error, call.action, call.encoding, request_id, call.started_s, call.who)
 
     def _error(
-        self, error: MemorySystemError, action: str, encoding: Encoding, request_id: str | None, started_s: float
+        self,
+        error: MemorySystemError,
+        action: str,
+        encoding: Encoding,
+        request_id: str | None,
+        started_s: float,
+        who: Caller | None = None,
     ) -> bytes:
+        if who is not None:
+            self._guard.ended(who, error.code)
         self.traffic.record(action, error.code, time.monotonic() - started_s)
         log.debug("request_refused", action=action, error_code=error.code, request_id=request_id)
         return encoding.encode(
             protocol.error_reply(error.code, error.message, error.retryable, error.details, request_id)
         )
+
+
+def handlers_of(services: Sequence[object]) -> dict[str, Handler]:
+    """action -> bound method of the one service that has it. Raises CannotStart."""
+    handlers: dict[str, Handler] = {}
+    for action in protocol.ACTIONS:
+        owners = [service for service in services if hasattr(service, action)]
+        if len(owners) != 1:
+            raise CannotStart(f"the action {action} has {len(owners)} operations")
+        handlers[action] = getattr(owners[0], action)
+    return handlers
+
+
+def _asked(action: str, envelope: Envelope, sender: Sender) -> Asked:
+    return Asked(
+        action,
+        envelope.namespace or DEFAULT_NAMESPACE,
+        envelope.agent_id or "",
+        envelope.request_id,
+        envelope.on_behalf_of,
+        sender.address,
+        sender.user_id,
+    )
 
 
 def _echo_id(body: bytes, encoding: Encoding) -> str | None:

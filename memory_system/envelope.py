@@ -11,7 +11,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -25,13 +25,16 @@ from memory_system.errors import (
     RequestTooLarge,
     UnsupportedVersion,
 )
+from memory_system.grants import Identity
 
 MAX_VALUES: Final = protocol.MAX_BATCH_VALUES  # in one request
 MAX_ITEMS: Final = 10_000  # in one list or map; msgpack makes room for as many as a header of 5 bytes announces
 MAX_DEPTH: Final = protocol.MAX_DEPTH
 MAX_DEADLINE_MS: Final = 86_400_000.0
 
-FIELDS: Final = ("action", "v", "data", "request_id", "agent_id", "session_id", "namespace", "deadline_ms")
+FIELDS: Final = (
+    "action", "v", "data", "request_id", "agent_id", "session_id", "namespace", "deadline_ms", "on_behalf_of"
+)  # fmt: skip
 # A string that is never closed reaches to the end, and nothing is tried twice: linear for whatever comes.
 _STRINGS: Final = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
@@ -41,7 +44,8 @@ _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
 class Request:
     """What stands around the `data` of a request. `deadline_s` is monotonic; `legacy` callers send no `v`.
 
-    `peer` names the connection; `address` is the caller's IP address, empty where all callers are of this machine.
+    `peer` names the connection; `address` is the caller's IP address, empty where all callers are of this machine;
+    `identity` whose key it came with and for whom it speaks, None where there are no keys.
     `beside` has what a flat request gives beside its action instead of in `data`; `flat`: it has no `data` at all.
     """
 
@@ -58,12 +62,21 @@ class Request:
     address: str = ""
     beside: Mapping[str, Any] = field(default_factory=dict, repr=False)
     flat: bool = False
+    identity: Identity | None = None
 
 
-def read_request(body: bytes, peer: bytes = b"", address: str = "", *, flat: bool = False) -> Request:
+def read_request(
+    body: bytes,
+    peer: bytes = b"",
+    address: str = "",
+    *,
+    flat: bool = False,
+    identify: Callable[[str | None], Identity] | None = None,
+) -> Request:
     """Decode and check a request, all but the fields of its action. `flat`: those may stand beside the action.
 
-    Raises InvalidRequest, InvalidField, RequestTooLarge, UnsupportedVersion, DeadlineExceeded.
+    `identify(on_behalf_of)` is the identity of the key that it came with, where there are keys.
+    Raises InvalidRequest, InvalidField, RequestTooLarge, UnsupportedVersion, DeadlineExceeded, AccessDenied.
     """
     raw = decode(body)
     version = raw.get("v")
@@ -74,11 +87,8 @@ def read_request(body: bytes, peer: bytes = b"", address: str = "", *, flat: boo
     beside = {name: value for name, value in raw.items() if name not in FIELDS}
     if beside and not legacy and not flat:
         raise unknown_field(next(iter(beside)), FIELDS)
-    action = raw.get("action")
-    if not isinstance(action, str) or not action:
-        raise InvalidField("action", "action is required, as text")
     return Request(
-        action=action,
+        action=_action(raw),
         data=_data(raw),
         request_id=_request_id(raw, legacy),
         agent_id=_name(raw, "agent_id"),
@@ -91,7 +101,15 @@ def read_request(body: bytes, peer: bytes = b"", address: str = "", *, flat: boo
         address=address,
         beside=beside if flat else {},
         flat=flat and raw.get("data") is None,
+        identity=_identity(raw, identify),
     )
+
+
+def _action(raw: Mapping[str, Any]) -> str:
+    action = raw.get("action")
+    if not isinstance(action, str) or not action:
+        raise InvalidField("action", "action is required, as text")
+    return action
 
 
 def echo_id(body: bytes) -> str | None:
@@ -250,14 +268,22 @@ def _data(raw: Mapping[str, Any]) -> dict[str, Any]:
     return data
 
 
-def _name(raw: Mapping[str, Any], name: str) -> str | None:
+def _name(raw: Mapping[str, Any], name: str, limit: int = protocol.MAX_NAME_CHARS) -> str | None:
     value = raw.get(name)
     if value is None:
         return None
-    if not isinstance(value, str) or not 1 <= len(value) <= protocol.MAX_NAME_CHARS or _CONTROL.search(value):
-        limit = protocol.MAX_NAME_CHARS
+    if not isinstance(value, str) or not 1 <= len(value) <= limit or _CONTROL.search(value):
         raise InvalidField(name, f"{name} is text of 1 to {limit} characters without control characters")
     return value
+
+
+def _identity(raw: Mapping[str, Any], identify: Callable[[str | None], Identity] | None) -> Identity | None:
+    on_behalf_of = _name(raw, "on_behalf_of", protocol.MAX_CHAIN_CHARS)
+    if identify is not None:
+        return identify(on_behalf_of)
+    if on_behalf_of is not None:
+        raise InvalidField("on_behalf_of", "on_behalf_of names a key, and callers have none here")
+    return None
 
 
 def _request_id(raw: Mapping[str, Any], legacy: bool) -> str | None:

@@ -21,6 +21,7 @@ from typing import Any, Final
 
 from memory_system.bus_sender import Sender
 from memory_system.events import make_event
+from memory_system.keys import KeyFile
 from memory_system.outbox import Outbox, encode_event, encode_heartbeat
 
 REPORT_PORT: Final = 7152
@@ -39,12 +40,22 @@ class ErrorReporter:
     endpoint: of the health manager's report port; "": reports go nowhere.
     queue_events: unacknowledged events that are kept. More are counted, and the counts reported as one event
         `events_dropped` when there is room again.
+    key: whose reports these are for a bus that takes none without keys.
     resend_s: an answer is waited for this long, then the connection is made anew and the events are sent again.
     """
 
-    def __init__(self, endpoint: str, agent: str, *, queue_events: int = 10_000, resend_s: float = 2.0) -> None:
+    def __init__(
+        self,
+        endpoint: str,
+        agent: str,
+        *,
+        queue_events: int = 10_000,
+        resend_s: float = 2.0,
+        key: KeyFile | None = None,
+    ) -> None:
         self.endpoint = endpoint
         self.agent = agent
+        self._key = key
         self._queue_events = queue_events
         self._resend_s = resend_s
         self._closed = False
@@ -57,7 +68,7 @@ class ErrorReporter:
         self._lock = threading.RLock()  # a signal handler may report in the middle of a report
         self._outbox = Outbox(self.agent, self._queue_events, self._resend_s)
         self._starting = threading.Lock()
-        self._sender = Sender(self.endpoint, self._outbox, self._lock)  # not started
+        self._sender = Sender(self.endpoint, self._outbox, self._lock, self._key)  # not started
         self._discarded = 0
 
     def report(
@@ -153,7 +164,7 @@ class ErrorReporter:
     def _start(self) -> None:
         if self._sender.is_alive:
             return
-        sender = Sender(self.endpoint, self._outbox, self._lock)
+        sender = Sender(self.endpoint, self._outbox, self._lock, self._key)
         with contextlib.suppress(RuntimeError):  # no more threads; the next report tries again
             sender.start()
             self._sender = sender
@@ -169,18 +180,20 @@ class ErrorReporter:
         return f"<ErrorReporter {self.endpoint or 'off'} agent={self.agent} {state}>"
 
 
-def shared_reporter(endpoint: str, agent: str) -> ErrorReporter:
-    """The one reporter of this process for this endpoint, a new one if it was closed; `agent` is whose it is then."""
+def shared_reporter(endpoint: str, agent: str, key: KeyFile | None = None) -> ErrorReporter:
+    """The one reporter of this process for this endpoint and key, a new one if it was closed; `agent` is whose it is
+    then."""
+    name = (endpoint, None if key is None else key.public)
     with _registry_lock:
-        reporter = _shared.get(endpoint)
+        reporter = _shared.get(name)
         if reporter is None or reporter.is_closed:
-            reporter = _shared[endpoint] = ErrorReporter(endpoint, agent)
+            reporter = _shared[name] = ErrorReporter(endpoint, agent, key=key)
         return reporter
 
 
 _registry_lock = threading.RLock()
 _reporters: weakref.WeakSet[ErrorReporter] = weakref.WeakSet()
-_shared: dict[str, ErrorReporter] = {}
+_shared: dict[tuple[str, bytes | None], ErrorReporter] = {}
 
 
 @functools.cache

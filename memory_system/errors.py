@@ -154,6 +154,19 @@ class Busy(MemorySystemError):
     retryable = True
 
 
+class RateLimited(MemorySystemError):
+    """The caller makes more requests than it may; wait `details.retry_after_ms`."""
+
+    code = "rate_limited"
+    retryable = True
+
+
+class QuotaExceeded(MemorySystemError):
+    """The caller keeps as much as it may; nothing was done. It has to delete something first."""
+
+    code = "quota_exceeded"
+
+
 class ShuttingDown(MemorySystemError):
     """The service is stopping and took no new work; it is usually back within seconds."""
 

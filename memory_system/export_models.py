@@ -34,6 +34,8 @@ FORMAT_VERSION = 1
 
 # Callers need not say who they are.
 By = Annotated[str, Meta(max_length=p.MAX_NAME_CHARS)]
+# A name of a key, or an agent_id with the address that it came from.
+Owner = Annotated[str, Meta(max_length=2 * p.MAX_NAME_CHARS)]
 Version = Annotated[int, Meta(ge=1, le=2**63 - 1)]
 MAX_VECTOR_CHARS = 64 * 1024
 MAX_PIECES = 10_000
@@ -101,6 +103,7 @@ class MemoryLine(Params, frozen=True, kw_only=True):
     version: Version = 1
     state: State = "active"
     archived_at: Time | None = None
+    owner: Owner = ""
     undone_at: Time | None = None
     session: SessionPart | None = None
     vector: VectorPart | None = None

@@ -91,6 +91,7 @@ _AS_THEY_STAND: Final = (
     "state",
     "tier_accesses",
     "promote_at",
+    "owner",
 )
 
 

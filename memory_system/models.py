@@ -14,6 +14,7 @@ from memory_system import protocol as p
 from memory_system.admin_models import ADMIN_PARAMS
 from memory_system.params import (
     ABSENT,
+    Chain,
     Content,
     Count,
     Cursor,
@@ -46,6 +47,7 @@ class Envelope(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     agent_id: Name | None = None
     session_id: Id | None = None
     namespace: Name | None = None
+    on_behalf_of: Chain | None = None
     deadline_ms: Annotated[float, Meta(ge=0.0, le=86_400_000.0)] | None = None
 
 
@@ -295,3 +297,4 @@ class Memory(Struct, frozen=True, kw_only=True):
     archived_at: float | None = None
     tier_accesses: int = 0
     promote_at: float | None = None
+    owner: str = ""

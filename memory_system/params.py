@@ -13,6 +13,7 @@ _PRINTABLE = r"\A[^\x00-\x1f\x7f]+\Z"
 
 Id = Annotated[str, Meta(min_length=1, max_length=p.MAX_ID_CHARS, pattern=_PRINTABLE)]
 Name = Annotated[str, Meta(min_length=1, max_length=p.MAX_NAME_CHARS, pattern=_PRINTABLE)]
+Chain = Annotated[str, Meta(min_length=1, max_length=p.MAX_CHAIN_CHARS, pattern=_PRINTABLE)]
 Tag = Annotated[str, Meta(min_length=1, max_length=p.MAX_TAG_CHARS, pattern=_PRINTABLE)]
 Tags = Annotated[list[Tag], Meta(max_length=p.MAX_TAGS)]
 _NO_NUL = r"\A[^\x00]*\Z"

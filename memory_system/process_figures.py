@@ -25,7 +25,7 @@ def process_figures() -> dict[str, int | float]:
     return {
         "pid": os.getpid(),
         "memory_bytes": memory_bytes,
-        "open_files": _open_files(),
+        "open_files": open_files(),
         "open_files_limit": -1 if limit == resource.RLIM_INFINITY else limit,
         "threads": threads,
         "cpu_s": round(time.process_time(), 3),
@@ -56,7 +56,7 @@ def _memory_and_threads() -> tuple[int, int]:
         return peak * (1 if sys.platform == "darwin" else 1024), threading.active_count()
 
 
-def _open_files() -> int:
+def open_files() -> int:
     """How many descriptors are open; -1 when the system does not tell, or none is left to ask with."""
     with contextlib.suppress(OSError):
         # Since Linux 6.2 the folder's size is their number; a list of thousands would cost milliseconds.

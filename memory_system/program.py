@@ -17,6 +17,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 from memory_system import log
+from memory_system.connection_guard import guarding
 from memory_system.errors import ConfigError, MemorySystemError
 from memory_system.security import check_bind
 from memory_system.settings import Settings, load_settings
@@ -49,7 +50,8 @@ def run_program(name: str, description: str, serve: Serve, arguments: Sequence[s
         return 2
     _raise_file_limit(name)
     try:
-        return _run(serve, settings)
+        with guarding(settings.limits.connection_memory_mb):
+            return _run(serve, settings)
     except MemorySystemError as error:
         log.get_logger(name).critical("cannot_start", reason=error.message)
         sys.stderr.write(f"{name}: {error.message}\n")

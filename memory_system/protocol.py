@@ -39,6 +39,7 @@ MAX_TAGS: Final = 64
 MAX_TAG_CHARS: Final = 128
 MAX_NAME_CHARS: Final = 128
 MAX_ID_CHARS: Final = 128
+MAX_CHAIN_CHARS: Final = 260  # four names of keys, and what stands between them
 MAX_QUERY_CHARS: Final = 8192
 MAX_BATCH_ITEMS: Final = 1000
 MAX_BATCH_QUERIES: Final = 100

@@ -12,6 +12,7 @@ from typing import Any, Final
 from memory_system import bus_log
 from memory_system.error_bus import ErrorReporter
 from memory_system.heartbeat import Heartbeat
+from memory_system.keys import KeyFile, key_for
 from memory_system.log import get_logger
 from memory_system.metrics import Family, counter
 from memory_system.program import connect_address
@@ -36,8 +37,8 @@ log = get_logger("reporting")
 class CountingReporter(ErrorReporter):
     """A reporter that knows how many events of each type it was given, whatever became of the bus."""
 
-    def __init__(self, endpoint: str, agent: str, *, queue_events: int) -> None:
-        super().__init__(endpoint, agent, queue_events=queue_events)
+    def __init__(self, endpoint: str, agent: str, *, queue_events: int, key: KeyFile | None = None) -> None:
+        super().__init__(endpoint, agent, queue_events=queue_events, key=key)
 
     def _begin(self) -> None:
         """Also in a forked child, whose parent may have held the lock."""
@@ -75,7 +76,8 @@ class Reporting:
     def __init__(self, settings: Settings, component: str) -> None:
         bus = settings.error_bus
         self.component = component
-        self.reporter = CountingReporter(bus_endpoint(settings), component, queue_events=bus.queue_events)
+        key = key_for(component, settings)
+        self.reporter = CountingReporter(bus_endpoint(settings), component, queue_events=bus.queue_events, key=key)
         self._interval_s = settings.health.heartbeat_s
         self._handler = bus_log.install(self.reporter)
         self._handler.addFilter(lambda record: record.name not in _QUOTED)

@@ -13,20 +13,22 @@ from collections.abc import Callable
 from typing import Any, Final, Protocol
 
 from memory_system.errors import AccessDenied, Busy, InvalidRequest, MemorySystemError, ShuttingDown
-from memory_system.router import Route, Router
-from memory_system.security import policy_for
-from memory_system.settings import LimitsSettings, Settings
+from memory_system.limits_settings import LimitsSettings
+from memory_system.router import Route, Router, Sender
+from memory_system.security import Gate, policy_for
+from memory_system.settings import Settings
 
 _MIB: Final = 1024 * 1024
+_LOOK_S: Final = 1.0  # how often the gate is looked at
 
 
 class Answerer(Protocol):
     """Turns the bytes of a request into those of its reply; knows nothing of sockets."""
 
-    def handle(self, body: bytes, reply: Callable[[bytes], None], peer: bytes, address: str) -> None:
+    def handle(self, body: bytes, reply: Callable[[bytes], None], peer: bytes, sender: Sender) -> None:
         """Call `reply` exactly once, at once or later on the event loop.
 
-        `peer` names the connection; `address` is the sender's IP address, empty where all come from this machine.
+        `peer` names the connection; `sender` has its IP address and its key, which the answerer asks the gate about.
         """
 
     def refuse(self, body: bytes, error: MemorySystemError) -> bytes:
@@ -72,7 +74,9 @@ class Admission:
             return ShuttingDown("the service is stopping; try again in a moment", retry_after_ms=500)
         load, limits = self.by_peer.get(peer), self._limits
         if load is not None and (
-            load.requests >= limits.max_in_flight_per_client or load.size >= limits.max_in_flight_mb_per_client * _MIB
+            load.requests >= limits.max_in_flight_per_client
+            or load.size >= limits.max_in_flight_mb_per_client * _MIB
+            or self._has_more_than_its_share(load)
         ):
             self.busy_replies += 1
             return Busy(
@@ -80,6 +84,16 @@ class Admission:
                 retry_after_ms=limits.busy_retry_after_ms,
             )
         return None
+
+    def _has_more_than_its_share(self, load: Load) -> bool:
+        """Where half of all there is room for is taken, busy clients share that half: the other is for newcomers."""
+        limits, clients = self._limits, len(self.by_peer)
+        return (
+            self.total.requests >= limits.max_in_flight / 2 and load.requests >= limits.max_in_flight / (2 * clients)
+        ) or (
+            self.total.size >= limits.max_in_flight_mb * _MIB / 2
+            and load.size >= limits.max_in_flight_mb * _MIB / (2 * clients)
+        )
 
     def begin(self, peer: bytes, size: int) -> None:
         self.by_peer.setdefault(peer, Load()).add(size)
@@ -102,13 +116,30 @@ class Admission:
 
 
 class RequestServer:
-    """Moves frames between a ROUTER and an answerer; a peer with more than its share in flight is answered `busy`."""
+    """Moves frames between a ROUTER and an answerer; a peer with more than its share in flight is answered `busy`.
+
+    With a `gate`, which the caller has opened and will close, only keys that may enter `domain` can connect.
+    `on_denied` hears of requests that were refused for the address that they came from.
+    """
 
     _answerer: Answerer
 
-    def __init__(self, address: str, settings: Settings, *, program: str, port_key: str) -> None:
+    def __init__(
+        self,
+        address: str,
+        settings: Settings,
+        *,
+        program: str,
+        port_key: str,
+        gate: Gate | None = None,
+        domain: str = "memory",
+        on_denied: Callable[[Sender, AccessDenied], None] | None = None,
+    ) -> None:
         self.started_at_s = time.monotonic()
         self.admission = Admission(settings.limits)
+        self._gate = gate
+        self._on_denied = on_denied
+        self._looking: asyncio.TimerHandle | None = None
         self.router = Router(
             address,
             network=settings.network,
@@ -117,7 +148,9 @@ class RequestServer:
             on_denied=self._denied,
             program=program,
             port_key=port_key,
-            policy=policy_for(settings.network, settings.security),
+            policy=policy_for(settings.network, settings.security) if gate is None else None,
+            gate=gate,
+            domain=domain,
             batch=settings.limits.receive_batch,
             is_full=self.admission.is_full,
         )
@@ -133,6 +166,8 @@ class RequestServer:
         """Begin to answer, on the running loop; what came since `bind` has waited."""
         self._answerer = answerer
         self.router.start()
+        if self._gate is not None:
+            self._look(self._gate)
 
     def refuse_more(self) -> None:
         """From now on answer `shutting_down` to whatever comes."""
@@ -144,6 +179,8 @@ class RequestServer:
 
     def close(self) -> None:
         """Close the socket; what was sent has half a second to leave. May be called at any time."""
+        if self._looking is not None:
+            self._looking.cancel()
         self.router.close()
 
     def figures(self) -> dict[str, Any]:
@@ -157,7 +194,11 @@ class RequestServer:
             "draining": self.admission.draining,
         }
 
-    def _receive(self, peer: bytes, route: Route, body: bytes, address: str) -> None:
+    def _look(self, gate: Gate) -> None:
+        self._looking = asyncio.get_running_loop().call_later(_LOOK_S, self._look, gate)
+        gate.look()
+
+    def _receive(self, peer: bytes, route: Route, body: bytes, sender: Sender) -> None:
         refusal = self.admission.objection(peer)
         if refusal is not None:
             self.router.send(route, self._answerer.refuse(body, refusal))
@@ -171,13 +212,15 @@ class RequestServer:
                 self.admission.end(peer, len(body))
             self.router.send(route, encoded)
 
-        self._answerer.handle(body, reply, peer, address)
+        self._answerer.handle(body, reply, peer, sender)
         if not answered:
             counted = True
             self.admission.begin(peer, len(body))
 
-    def _malformed(self, route: Route, _peer: bytes, _address: str) -> None:
+    def _malformed(self, route: Route, _peer: bytes, _sender: Sender) -> None:
         self.router.send(route, self._answerer.refuse(b"", InvalidRequest("a request is [empty frame, body]")))
 
-    def _denied(self, route: Route, body: bytes, _address: str, error: AccessDenied) -> None:
+    def _denied(self, route: Route, body: bytes, sender: Sender, error: AccessDenied) -> None:
+        if self._on_denied is not None:
+            self._on_denied(sender, error)
         self.router.send(route, self._answerer.refuse(body, error))

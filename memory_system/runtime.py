@@ -12,17 +12,17 @@ from typing import Any, Final
 
 from memory_system.access import AccessBuffer
 from memory_system.cache import make_caches
-from memory_system.dispatch import Dispatcher, Handler
+from memory_system.dispatch import Dispatcher, handlers_of
 from memory_system.embedding import EmbedderState, EmbeddingQueue, Vectors, make_embedder
 from memory_system.errors import CannotStart, MemorySystemError, ShuttingDown, StorageFailed
 from memory_system.housekeeping import Housekeeping
 from memory_system.log import get_logger
 from memory_system.metrics import Family, traffic_families
-from memory_system.protocol import ACTIONS
+from memory_system.metrics_start import start_metrics
 from memory_system.reporting import Reporting
 from memory_system.search.engine import SearchEngine
 from memory_system.search.index import SearchIndex
-from memory_system.security import is_admin, policy_for
+from memory_system.security.guard import Guard, Keys
 from memory_system.service.families import service_families
 from memory_system.service.health import HealthService
 from memory_system.service.own_writes import OwnWrites
@@ -31,13 +31,14 @@ from memory_system.service.searching import SearchingService
 from memory_system.service.upkeep import Parts, Upkeep
 from memory_system.service.writing import WritingService
 from memory_system.settings import Settings
-from memory_system.storage import rebase, vectors
+from memory_system.storage import mark, rebase, usage, vectors
 from memory_system.storage.context import Changes
 from memory_system.storage.database import StoreLock, connect_reader, open_store, store_epoch
 from memory_system.storage.jobs import WriteJob
 from memory_system.storage.queries import Queries
 from memory_system.storage.readers import Readers
 from memory_system.storage.rows import RecordView
+from memory_system.storage.usage import Quota
 from memory_system.storage.writer import Writer
 
 log = get_logger("runtime")
@@ -48,6 +49,8 @@ COMPONENT: Final = "orchestrator"
 _CACHED_AT_ONCE: Final = 64
 # A store is opened at once, unless it is migrated or re-based: then the program says after this that it lives.
 _QUICK_START_S: Final = 1.0
+
+_Opened = tuple[sqlite3.Connection, mark.Unmarked]
 
 
 def _locked(path: Path) -> StoreLock:
@@ -60,17 +63,18 @@ def _locked(path: Path) -> StoreLock:
         ) from error
 
 
-def _brought_up(path: Path, settings: Settings, stopped: Callable[[], bool]) -> sqlite3.Connection:
-    """The writing connection of a store of this schema and these settings; in a thread, as either may take long."""
+def _brought_up(path: Path, settings: Settings, stopped: Callable[[], bool]) -> _Opened:
+    """A store of this schema and these settings, opened for writing; in a thread, as either may take long."""
     db = open_store(path, settings.storage.synchronous)
     try:
         rebase.bring_up(db, settings.lifecycle, time.time(), stopped=stopped)
+        usage.bring_up(db, Quota.of(settings.limits))
+        return db, mark.keeper(path, db, settings.storage.synchronous)
     except BaseException as error:
         db.close()
         if isinstance(error, sqlite3.Error):
             raise StorageFailed(f"{path} cannot be written: {error}") from error
         raise
-    return db
 
 
 class Runtime:
@@ -84,10 +88,12 @@ class Runtime:
         *,
         on_fatal: Callable[[Exception], None],
         health: Callable[[], Mapping[str, Any]],
+        keys: Keys | None = None,
     ) -> None:
         self._settings = settings
         self._on_fatal = on_fatal
         self._health = health
+        self._keys = keys
         self._path = Path(settings.storage.path)
         self._closers: list[Callable[[], Any]] = []
 
@@ -153,7 +159,7 @@ class Runtime:
         opening = asyncio.ensure_future(asyncio.to_thread(_brought_up, self._path, self._settings, stopped))
         if not (await asyncio.wait({opening}, timeout=_QUICK_START_S))[0]:
             self._begin_heartbeats()
-        db = await opening
+        db, keeper = await opening
         self._epoch = store_epoch(db)
         self._writer = Writer(
             db,
@@ -161,6 +167,8 @@ class Runtime:
             self._settings.lifecycle,
             on_commit=self._on_commit,
             on_fatal=self._on_fatal,
+            mark=keeper,
+            quota=Quota.of(self._settings.limits),
         )
         self._writer.start()
         self._closers.append(self._writer.close)
@@ -232,11 +240,15 @@ class Runtime:
             self._runs.figures,
         )
         services = [writing, reading, searching, upkeep.maintaining, upkeep.archiving, self._health_service]
-        admits = partial(is_admin, bind=settings.network.bind)
-        self.dispatcher = Dispatcher(_handlers(services), self._writer.commit_seq, admits)
+        self._build_dispatcher(services)
         self._housekeeping = Housekeeping(
             self._writer, settings.storage, accesses, lambda: self._index.applied_seq, self._runs.is_clock_settled
         )
+
+    def _build_dispatcher(self, services: list[Any]) -> None:
+        self.guard = Guard.of(self._settings, COMPONENT, self._keys)
+        self._closers.append(self.guard.close)
+        self.dispatcher = Dispatcher(handlers_of(services), self._writer.commit_seq, self.guard)
 
     def _build_upkeep(self) -> Upkeep:
         parts = Parts(
@@ -248,19 +260,12 @@ class Runtime:
         return upkeep
 
     def _traffic(self) -> dict[str, Any]:
-        return {"requests": self.dispatcher.traffic.requests(), "ignored_fields": self.dispatcher.ignored_fields}
+        requests, ignored_fields = self.dispatcher.traffic.requests(), self.dispatcher.ignored_fields
+        return {"requests": requests, "ignored_fields": ignored_fields, **self.guard.figures()}
 
     def _open_metrics(self) -> None:
-        port = self._settings.metrics.orchestrator_port
-        if not port:
-            return
-        # Not above: it brings an HTTP server and prometheus_client, which nobody needs who has no metrics.
-        from memory_system.metrics_server import MetricsServer
-
-        network = self._settings.network
-        server = MetricsServer(network.bind, port, self._families, policy_for(network, self._settings.security))
-        server.start()
-        self._closers.append(lambda: asyncio.to_thread(server.close))
+        close = start_metrics(self._settings, self._settings.metrics.orchestrator_port, self._families)
+        self._closers.append(lambda: asyncio.to_thread(close))
 
     def _families(self) -> list[Family]:
         """The metrics as they are now; called in the thread of a scrape."""
@@ -325,14 +330,3 @@ class Runtime:
 def _opening() -> dict[str, Any]:
     """What heartbeats say until there is more to say."""
     return {"state": "starting", "readiness": {"store": "loading"}}
-
-
-def _handlers(services: Sequence[object]) -> dict[str, Handler]:
-    """action -> bound method of the one service that has it."""
-    handlers: dict[str, Handler] = {}
-    for action in ACTIONS:
-        owners = [service for service in services if hasattr(service, action)]
-        if len(owners) != 1:
-            raise CannotStart(f"the action {action} has {len(owners)} operations")
-        handlers[action] = getattr(owners[0], action)
-    return handlers

@@ -20,6 +20,7 @@ from memory_system.consolidation_settings import ConsolidationSettings
 from memory_system.errors import ConfigError
 from memory_system.health_settings import ErrorBusSettings, HealthSettings, MetricsSettings
 from memory_system.lifecycle_settings import LifecycleSettings
+from memory_system.limits_settings import LimitsSettings
 from memory_system.maintenance_settings import ClockSettings, MaintenanceSettings
 from memory_system.ranking_settings import RankingSettings
 from memory_system.scheduler_settings import SchedulerSettings, check_jobs, with_one_trigger
@@ -62,41 +63,6 @@ class NetworkSettings:
     queue_per_client: int = key(
         128, "Messages queued in each direction for one connection.", unit="messages", span=(1, 1_000_000)
     )
-
-
-@dataclass(frozen=True, slots=True)
-class LimitsSettings:
-    max_in_flight: int = key(
-        1024,
-        "Requests being worked on at once; beyond, callers wait in ZeroMQ or get busy.",
-        unit="requests",
-        span=(1, 100_000),
-    )
-    max_in_flight_per_client: int = key(
-        64,
-        "Requests of one connection being worked on at once; beyond, it gets busy.",
-        unit="requests",
-        span=(1, 100_000),
-    )
-    max_in_flight_mb: float = key(
-        128.0,
-        "Requests being worked on at once, by size; beyond, callers wait in ZeroMQ.",
-        unit="MiB",
-        span=(8, 65_536),
-    )
-    max_in_flight_mb_per_client: float = key(
-        16.0, "The same for one connection; beyond, it gets busy.", unit="MiB", span=(8, 65_536)
-    )
-    receive_batch: int = key(
-        64, "Messages taken from the socket before replies get their turn.", unit="messages", span=(1, 10_000)
-    )
-    busy_retry_after_ms: int = key(
-        50, "The wait that a busy reply suggests to the caller.", unit="ms", span=(0, 60_000)
-    )
-    query_s: float = key(
-        5.0, "Longest time that one query of the database may take for a read.", unit="s", span=(0.1, 3600)
-    )
-    shutdown_s: float = key(3.0, "Time after SIGTERM to answer what was accepted.", unit="s", span=(0.1, 300))
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,6 +199,23 @@ class SearchSettings:
 
 @dataclass(frozen=True, slots=True)
 class SecuritySettings:
+    keys_dir: str = key(
+        "data/keys",
+        "Folder of the keys and grants that `make keys` makes; a relative path starts at the project folder.",
+        noun="a folder path",
+        check=_not_empty,
+        is_path=True,
+    )
+    curve: str = key(
+        "auto",
+        "Whether callers need a key; auto: when keys_dir holds the key of the service.",
+        choices=("auto", "on", "off"),
+    )
+    audit_log: str = key(
+        "audit.log",
+        "File of the denied requests and those of administrators; a relative path starts at log.dir; empty: none.",
+        noun="a file path, or empty",
+    )
     allow_insecure: bool = key(False, "Allow plaintext callers from the networks of insecure_peers.")
     insecure_peers: tuple[str, ...] = key(
         (),

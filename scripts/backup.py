@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = load_settings(options.config)
         endpoint = endpoint_of(settings, options.endpoint)
-        found = asked(endpoint, options.dry_run) if answers(endpoint) else taken_here(settings, options.dry_run)
+        found = take(settings, endpoint, options.dry_run)
     except ConfigError as error:
         return fail(PROGRAM, error.message, 2)
     except MemorySystemError as error:
@@ -53,11 +53,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def asked(endpoint: str, dry_run: bool) -> Found:
+def take(settings: Settings, endpoint: str, dry_run: bool) -> Found:
+    """By the running service, or here where none runs. Raises MemorySystemError."""
+    return asked(settings, endpoint, dry_run) if answers(settings, endpoint) else taken_here(settings, dry_run)
+
+
+def asked(settings: Settings, endpoint: str, dry_run: bool) -> Found:
     """The reply of the running service. Raises MemorySystemError."""
     with (
-        make_client(endpoint, timeout_ms=_LONGEST_MS) as client,
-        make_client(endpoint) as onlooker,
+        make_client(settings, endpoint, timeout_ms=_LONGEST_MS) as client,
+        make_client(settings, endpoint) as onlooker,
         ThreadPoolExecutor(1) as executor,
         bar("backing up") as advance,
     ):

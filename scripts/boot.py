@@ -27,7 +27,7 @@ from memory_system.settings import CONFIG_VARIABLE, Settings, config_file, load_
 SYSTEM_UNITS: Final = Path("/etc/systemd/system")
 KEPT: Final = ("MEMORY_", "HF_")
 # pc2.py sets these anew at every start.
-NOT_KEPT: Final = frozenset({"MEMORY_LOG_DIR", "MEMORY_SOCKET", "MEMORY_PYTHON"})
+NOT_KEPT: Final = frozenset({"MEMORY_LOG_DIR", "MEMORY_SOCKET", "MEMORY_PYTHON", "MEMORY_KEY_FILE"})
 LINGERING: Final = Path("/var/lib/systemd/linger")
 
 

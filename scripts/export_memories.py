@@ -47,8 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.file.name:
         parser.error("FILE is missing: make export TO=file.jsonl")
     try:
-        endpoint = endpoint_of(load_settings(options.config), options.endpoint)
-        with reached(endpoint, options.namespace or "default") as client, bar("exporting") as advance:
+        settings = load_settings(options.config)
+        endpoint = endpoint_of(settings, options.endpoint)
+        with reached(settings, endpoint, options.namespace or "default") as client, bar("exporting") as advance:
             asked = {"all_namespaces": options.namespace is None, "vectors": options.vectors, "limit": _PAGE}
             written = export(client, asked, options.file, advance)
     except ConfigError as error:

@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.dry_run:
             print(f"{rows} rows would be imported")
             return BAD_ROWS if outcome.bad else 0
-        with make_client(endpoint, options.namespace, _CALL_MS) as client, bar("importing") as advance:
+        with make_client(settings, endpoint, options.namespace, _CALL_MS) as client, bar("importing") as advance:
             send(client, drafts(file, columns, options, advance, Outcome()), outcome)
     except (ConfigError, InvalidField) as error:
         return fail(PROGRAM, f"{error.message}{told(outcome)}", 2)

@@ -66,10 +66,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("FILE is missing: make import FROM=file.jsonl")
     outcome = Outcome()
     try:
-        endpoint = endpoint_of(load_settings(options.config), options.endpoint)
+        settings = load_settings(options.config)
+        endpoint = endpoint_of(settings, options.endpoint)
         file = ExportFile(options.file, options.namespace)
         asked = {"on_conflict": "overwrite" if options.overwrite else "report", "dry_run": options.dry_run}
-        with reached(endpoint) as client:
+        with reached(settings, endpoint) as client:
             with bar("checking") as advance:
                 look_up(client, file, file.check(advance))
             with bar("importing") as advance:

@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         endpoint = options.endpoint or connect_address(settings.network.bind, port)
         conversations = read(options.file.read_text(encoding="utf-8"))
         asked = {"source": options.source or options.file.name, "user_id": options.user_id, "dry_run": options.dry_run}
-        with make_client(endpoint, options.namespace) as client, bar("importing") as advance:
+        with make_client(settings, endpoint, options.namespace) as client, bar("importing") as advance:
             send(client, conversations, asked, advance, outcome)
     except ConfigError as error:
         return fail(PROGRAM, error.message, 2)

@@ -19,6 +19,7 @@ from typing import Any, Final
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from operator_key import operator_key_file
 from status_table import clock, columns, plain
 
 from memory_client import MemoryClient
@@ -43,10 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     try:
         settings = load_settings()
+        endpoint = connect_address(settings.network.bind, settings.scheduler.port)
+        key_file = operator_key_file(settings)
+        scheduler = MemoryClient(endpoint, agent_id="operator", timeout_ms=LOOK_MS, error_bus="", key_file=key_file)
     except ConfigError as error:
         return say(error.message, 2)
-    endpoint = connect_address(settings.network.bind, settings.scheduler.port)
-    with MemoryClient(endpoint, agent_id="operator", timeout_ms=LOOK_MS, error_bus="") as scheduler:
+    with scheduler:
         try:
             return list_jobs(scheduler, options) if options.command == "list" else run_job(scheduler, options)
         except KeyboardInterrupt:

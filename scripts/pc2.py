@@ -38,6 +38,7 @@ from supervision import (
 
 from memory_system.deployment import SUPERVISOR_CONFIG
 from memory_system.errors import ConfigError
+from memory_system.keys import KEY_FILE_VARIABLE
 from memory_system.settings import CONFIG_VARIABLE, config_file, load_settings
 
 START_S: Final = 60.0
@@ -54,7 +55,8 @@ def environment(run: RunDir, deployment: Deployment) -> dict[str, str]:
             f"log.dir {deployment.log_dir} cannot be used: {error.strerror}; set it to a writable folder"
         ) from None
     deployment.store(run.deployment)
-    environ = dict(os.environ)
+    # Each program has a key of its own; the one named there is the operator's.
+    environ = {name: value for name, value in os.environ.items() if name != KEY_FILE_VARIABLE}
     environ.update(
         MEMORY_RUN_DIR=str(run.path),
         MEMORY_LOG_DIR=deployment.log_dir,
@@ -105,7 +107,7 @@ def wait_healthy(
     Without `restarts` the first exit of a program counts, otherwise only supervisord's last word on it.
     `seen_bytes` is the size of each console log before the start: what follows is quoted.
     """
-    waiting, first_pids = dict(deployment.addresses), dict[str, int]()
+    waiting, first_pids, key = dict(deployment.addresses), dict[str, int](), deployment.key()
     while True:
         if run.supervisor_pid() is None:
             raise Failure(f"supervisord ended; see {deployment.log_dir}")
@@ -114,7 +116,7 @@ def wait_healthy(
                 continue
             if is_given_up(info) if restarts else has_exited(info, first_pids):
                 raise Failure(f"{name} did not start: {last_words(deployment.console_log(name), seen_bytes[name])}")
-            if is_healthy(ask_health(waiting[name], timeout_ms=300), info["pid"]):
+            if is_healthy(ask_health(waiting[name], 300, key), info["pid"]):
                 del waiting[name]
         if not waiting:
             return
@@ -169,9 +171,10 @@ def start(timeout_s: float) -> int:
 
 def wait_loaded(deployment: Deployment, deadline: float) -> None:
     """Give what is still loading, the embedding model above all, time to become ready; the table says what is not."""
+    key = deployment.key()
     for name, address in deployment.addresses.items():
         told = False
-        while (reply := ask_health(address) or {}).get("state") == "starting" and time.monotonic() < deadline:
+        while (reply := ask_health(address, key=key) or {}).get("state") == "starting" and time.monotonic() < deadline:
             if not told:
                 loading = [part for part, state in dict(reply.get("readiness") or {}).items() if state == "loading"]
                 print(f"{name} answers; waiting for {', '.join(loading) or 'it to become ready'} ...", file=sys.stderr)
@@ -189,7 +192,7 @@ def planned() -> tuple[Deployment, list[Port]]:
 def first_start(run: RunDir, deadline: float) -> Deployment:
     """Check what can be checked, start everything, wait; leaves nothing behind when that fails."""
     deployment, wanted = planned()
-    check_ports(wanted)
+    check_ports(wanted, deployment.key())
     seen_bytes = deployment.console_sizes()
     print(f"starting {', '.join(deployment.addresses)} ...", file=sys.stderr)
     try:
@@ -212,7 +215,7 @@ def run_here() -> int:
             raise Failure(f"already running under supervisord, pid {pid}: stop it first with 'make stop-pc2'")
         stop_orphans(run)
         deployment, wanted = planned()
-        check_ports(wanted)
+        check_ports(wanted, deployment.key())
         environ = environment(run, deployment)
     command = supervisord("-n")
     # Of supervisord.conf, `directory` and `umask` count in the background only.
@@ -251,7 +254,9 @@ def stop_orphans(run: RunDir) -> bool:
 
 def tell_not_running() -> bool:
     """Say so; and whether a program answers all the same, as one does whose supervisord was killed."""
-    left = [(name, address, ask_health(address)) for name, address in planned()[0].addresses.items()]
+    deployment, _ = planned()
+    key = deployment.key()
+    left = [(name, address, ask_health(address, key=key)) for name, address in deployment.addresses.items()]
     for name, address, reply in left:
         if reply is not None:
             print(f"not under supervisord, but {name} answers at {address.shown}: pid {reply.get('pid', '?')}")

@@ -10,6 +10,7 @@ from typing import Any, Final
 from supervision import Deployment, RunDir, ask, ask_health, is_healthy
 
 from memory_system.deployment import Address
+from memory_system.keys import KeyFile
 
 HEALTH_MANAGER: Final = "health_manager"
 NOT_WELL: Final = frozenset({"down", "flapping"})
@@ -38,13 +39,13 @@ class Row:
 
 def rows(run: RunDir, deployment: Deployment, told: Mapping[str, Mapping[str, Any]]) -> Iterator[Row]:
     """`told` is the health manager's picture by component: of the programs here, then of what runs elsewhere."""
-    processes = run.processes()
+    processes, key = run.processes(), deployment.key()
     for name, address in deployment.addresses.items():
         info = processes.get(name, {})
         component = told.get(name, {})
         # Its next look may be seconds away: what has just started or ended is seen from here.
         is_fresh = (component.get("pid") or 0) == info.get("pid", 0) and component.get("state") != "starting"
-        yield told_row(name, component) if component and is_fresh else seen_row(name, address, info)
+        yield told_row(name, component) if component and is_fresh else seen_row(name, address, info, key)
     for name, component in told.items():
         if name not in deployment.addresses:
             yield told_row(name, component)
@@ -65,9 +66,9 @@ def told_row(name: str, component: Mapping[str, Any]) -> Row:
     )
 
 
-def seen_row(name: str, address: Address, info: Mapping[str, Any]) -> Row:
+def seen_row(name: str, address: Address, info: Mapping[str, Any], key: KeyFile | None = None) -> Row:
     """A program as its own answer shows it, or else supervisord."""
-    reply = ask_health(address)
+    reply = ask_health(address, key=key)
     if reply is not None and is_healthy(reply, info.get("pid", 0)):
         pid, up = str(info["pid"]), uptime(reply.get("uptime_s"))
         since = clock(info.get("start")) if reply["state"] == "starting" else ""
@@ -114,7 +115,9 @@ def clock(time_s: float | None) -> str:
 
 def ask_manager(deployment: Deployment) -> dict[str, dict[str, Any]] | None:
     """What the health manager says of each component by name, or None when it says nothing."""
-    reply = ask(deployment.addresses[HEALTH_MANAGER], "get_health") if HEALTH_MANAGER in deployment.addresses else None
+    if HEALTH_MANAGER not in deployment.addresses:
+        return None
+    reply = ask(deployment.addresses[HEALTH_MANAGER], "get_health", key=deployment.key())
     if reply is None or not isinstance(reply.get("results"), list):
         return None
     return {str(component.get("component")): component for component in reply["results"]}

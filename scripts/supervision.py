@@ -25,7 +25,11 @@ from supervisor.xmlrpc import SupervisorTransport
 PROJECT: Final = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
+from operator_key import operator_key_file  # noqa: E402
+
 from memory_system.deployment import Address, longest_stop_s, program_addresses, settings_section  # noqa: E402
+from memory_system.errors import ConfigError  # noqa: E402
+from memory_system.keys import KeyFile, apply_client, load_key_file  # noqa: E402
 from memory_system.settings import Settings  # noqa: E402
 
 # Beyond what supervisord gives its programs.
@@ -51,16 +55,19 @@ class Port:
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """One running (or starting) set of programs: what was started, from which configuration, logging where."""
+    """One running (or starting) set of programs: what was started, from which configuration, logging where, and the
+    file of the key that they take from the operator (empty: they have no keys)."""
 
     addresses: dict[str, Address]
     log_dir: str
     config: str
+    key_file: str = ""
 
     @classmethod
     def planned(cls, settings: Settings, config: Path | None) -> Deployment:
         """What would be started with these settings; raises ConfigError when supervisord.conf does not fit them."""
-        return cls(program_addresses(settings), settings.log.dir, str(config) if config else "built-in defaults")
+        shown = str(config) if config else "built-in defaults"
+        return cls(program_addresses(settings), settings.log.dir, shown, operator_key_file(settings) or "")
 
     @classmethod
     def stored(cls, path: Path) -> Deployment:
@@ -68,12 +75,19 @@ class Deployment:
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
             addresses = {name: Address(**address) for name, address in raw["addresses"].items()}
-            return cls(addresses, raw["log_dir"], raw["config"])
+            return cls(addresses, raw["log_dir"], raw["config"], raw.get("key_file", ""))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise Failure(f"supervisord runs but {path} is not readable: stop it with 'make stop-pc2'") from error
 
     def store(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+    def key(self) -> KeyFile | None:
+        """The key to ask the programs with. Raises Failure for a file that cannot be used."""
+        try:
+            return load_key_file(self.key_file) if self.key_file else None
+        except ConfigError as error:
+            raise Failure(error.message) from None
 
     def console_log(self, program: str) -> Path:
         return Path(self.log_dir) / f"{program}.console.log"
@@ -148,11 +162,14 @@ class RunDir:
             return {}
 
 
-def ask(address: Address, action: str, timeout_ms: int = HEALTH_MS) -> dict[str, Any] | None:
+def ask(
+    address: Address, action: str, timeout_ms: int = HEALTH_MS, key: KeyFile | None = None
+) -> dict[str, Any] | None:
     """The reply of a program to a request without data, or None when none comes in time."""
     with zmq.Context() as context, context.socket(zmq.REQ) as sock:
         sock.linger = 0
         sock.ipv6 = address.is_ipv6
+        apply_client(sock, key)
         sock.connect(address.endpoint)
         sock.send_json({"action": action})
         if not sock.poll(timeout_ms):
@@ -164,8 +181,8 @@ def ask(address: Address, action: str, timeout_ms: int = HEALTH_MS) -> dict[str,
     return reply if isinstance(reply, dict) else None
 
 
-def ask_health(address: Address, timeout_ms: int = HEALTH_MS) -> dict[str, Any] | None:
-    return ask(address, "health_check", timeout_ms)
+def ask_health(address: Address, timeout_ms: int = HEALTH_MS, key: KeyFile | None = None) -> dict[str, Any] | None:
+    return ask(address, "health_check", timeout_ms, key)
 
 
 def ports(settings: Settings, addresses: Mapping[str, Address]) -> Iterator[Port]:
@@ -183,17 +200,17 @@ def ports(settings: Settings, addresses: Mapping[str, Address]) -> Iterator[Port
             yield Port(address, metrics, f"metrics.{program}_port")
 
 
-def check_ports(wanted: Iterable[Port]) -> None:
+def check_ports(wanted: Iterable[Port], key: KeyFile | None = None) -> None:
     """Raise Failure when a program could not listen on one of them."""
     keys: dict[int, str] = {}
     for port in wanted:
         if port.number in keys:
             raise Failure(f"{keys[port.number]} and {port.key} are both {port.number}: set one to a free port")
         keys[port.number] = port.key
-        _check_port(port)
+        _check_port(port, key)
 
 
-def _check_port(port: Port) -> None:
+def _check_port(port: Port, key: KeyFile | None) -> None:
     bind = port.address.bind
     with socket.socket(socket.AF_INET6 if port.address.is_ipv6 else socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -207,7 +224,7 @@ def _check_port(port: Port) -> None:
         else:
             return
     # Only the port of the requests says who it is.
-    pid = (ask_health(port.address) or {}).get("pid") if port.number == port.address.port else None
+    pid = (ask_health(port.address, key=key) or {}).get("pid") if port.number == port.address.port else None
     who = f"a program of this kind that was started elsewhere (pid {pid})" if pid else "another program"
     raise Failure(f"port {port.number} on {bind} is in use by {who}: stop it, or set {port.key} to a free one")
 

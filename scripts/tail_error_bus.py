@@ -5,8 +5,9 @@
 
 Goes on when the health manager restarts, and shows what was missed meanwhile. Rows of the history that repeat each
 other are one line, with how many there were from when to when; --json has each. Addresses come from the configuration
-(MEMORY_CONFIG) unless given. Needs pyzmq alone. Exit status: 0 done, 1 the manager cannot be reached (--no-follow),
-2 wrong arguments or configuration, 130 after Ctrl-C.
+(MEMORY_CONFIG) unless given. Where the manager lets in nobody without a key, that of --key or MEMORY_KEY_FILE is shown,
+else the operator's of this host. Needs pyzmq alone. Exit status: 0 done, 1 the manager cannot be reached (--no-follow)
+or does not take the key, 2 wrong arguments, key file or configuration, 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from memory_system.bus_progress import BusEvent
 from memory_system.bus_reader import MAX_LAST, BusReader
 from memory_system.errors import ConfigError, MemorySystemError
 from memory_system.events import SEVERITIES, kind_of
+from memory_system.keys import KEY_FILE_VARIABLE, KeyFile, load_key_file
 
 LAST: Final = 20
 INTERRUPTED: Final = 130
@@ -56,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> int:
     show = as_json if options.json else Line(wants_colour())
     try:
-        publish, api = addresses(options)
+        publish, api, key = place(options)
         with BusReader(
             publish,
             api,
@@ -64,6 +66,7 @@ def run(options: argparse.Namespace) -> int:
             last=options.lines,
             severity=options.severity,
             agent=options.agent,
+            key=key,
             on_state=say_state if options.follow else lambda reason: None,
         ) as reader:
             events = followed(reader) if options.follow else reader.history()
@@ -141,6 +144,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--publish", metavar="ADDRESS", help="where the manager broadcasts, as tcp://127.0.0.1:7150")
     parser.add_argument("--api", metavar="ADDRESS", help="where the manager answers, as tcp://127.0.0.1:7121")
+    parser.add_argument("--key", metavar="FILE", help="the key file to show (role operator or admin)")
     return parser.parse_args(arguments)
 
 
@@ -167,21 +171,26 @@ def lines(text: str) -> int:
     raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 to {MAX_LAST}")
 
 
-def addresses(options: argparse.Namespace) -> tuple[str, str]:
-    """Where to listen and where to ask. Raises ConfigError."""
+def place(options: argparse.Namespace) -> tuple[str, str, KeyFile | None]:
+    """Where to listen, where to ask, and with which key. Raises ConfigError."""
+    given = options.key or os.environ.get(KEY_FILE_VARIABLE)
+    key = load_key_file(given) if given else None
     if options.publish and options.api:
-        return options.publish, options.api
+        return options.publish, options.api, key
     try:
+        from operator_key import operator_key
+
         from memory_system.program import connect_address
         from memory_system.settings import load_settings
 
         settings = load_settings()
     except ImportError:  # a host with pyzmq alone: no PyYAML, no configuration
-        return options.publish or "tcp://127.0.0.1:7150", options.api or "tcp://127.0.0.1:7121"
+        return options.publish or "tcp://127.0.0.1:7150", options.api or "tcp://127.0.0.1:7121", key
     bind, health = settings.network.bind, settings.health
     return (
         options.publish or connect_address(bind, health.publish_port),
         options.api or connect_address(bind, health.port),
+        key or operator_key(settings),
     )
 
 

@@ -12,11 +12,12 @@ from typing import Final
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from operator_key import operator_key_file
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from memory_client import MemoryClient
-from memory_system.errors import Unreachable
+from memory_system.errors import AccessDenied, Unreachable, from_reply
 from memory_system.program import connect_address
 from memory_system.protocol import ENDPOINT_VARIABLE
 from memory_system.settings import Settings
@@ -41,23 +42,37 @@ def endpoint_of(settings: Settings, given: str | None) -> str:
     return given or os.environ.get(ENDPOINT_VARIABLE) or connect_address(network.bind, network.port)
 
 
-def make_client(endpoint: str, namespace: str = "default", timeout_ms: float = _CALL_MS) -> MemoryClient:
-    return MemoryClient(endpoint, agent_id=AGENT, namespace=namespace, timeout_ms=timeout_ms, raise_on_error=True)
+def make_client(
+    settings: Settings, endpoint: str, namespace: str = "default", timeout_ms: float = _CALL_MS
+) -> MemoryClient:
+    """A client that shows the operator's key, where there is one. Raises ConfigError for one that cannot be used."""
+    return MemoryClient(
+        endpoint,
+        agent_id=AGENT,
+        namespace=namespace,
+        timeout_ms=timeout_ms,
+        raise_on_error=True,
+        key_file=operator_key_file(settings),
+    )
 
 
 @contextlib.contextmanager
-def reached(endpoint: str, namespace: str = "default") -> Iterator[MemoryClient]:
-    """A client of a service that answers, with patience for one that restarts meanwhile. Raises Unreachable."""
-    if not answers(endpoint):
+def reached(settings: Settings, endpoint: str, namespace: str = "default") -> Iterator[MemoryClient]:
+    """A client of a service that answers, with patience for one that restarts meanwhile. Raises Unreachable,
+    AccessDenied."""
+    if not answers(settings, endpoint):
         raise Unreachable(f"no service answers at {endpoint}; is it running? (make status)")
-    with make_client(endpoint, namespace) as client:
+    with make_client(settings, endpoint, namespace) as client:
         yield client
 
 
-def answers(endpoint: str) -> bool:
-    """Whether a service is there."""
-    with MemoryClient(endpoint, agent_id=AGENT, timeout_ms=_PROBE_MS) as client:
-        return bool(client.health_check()["status"] == "success")
+def answers(settings: Settings, endpoint: str) -> bool:
+    """Whether a service is there. Raises AccessDenied for one that does not take the operator's key."""
+    with MemoryClient(endpoint, agent_id=AGENT, timeout_ms=_PROBE_MS, key_file=operator_key_file(settings)) as client:
+        reply = client.health_check()
+    if reply.get("error_code") == AccessDenied.code:
+        raise from_reply(reply)
+    return bool(reply["status"] == "success")
 
 
 @contextlib.contextmanager

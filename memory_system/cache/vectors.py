@@ -23,6 +23,7 @@ GET_BATCH: Final = 128
 # Longer than a vector can be on its way from a reader or an encoder to `put_many` (embedding.encode_timeout_s).
 DELETED_HOLD_S: Final = 120.0
 MAX_DELETED: Final = 65_536
+MAX_DEVIATION: Final = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +40,9 @@ class VectorStats:
 class LayeredVectorCache:
     """Keeps `max_vectors` here and all of them in Redis for `ttl_s`. No method raises or waits for a write.
 
-    In Redis the key is the text digest alone and the model is part of the sealed value, so that deleting a text
-    removes its vector whatever model made it. A value that another model wrote does not open: it is a miss.
+    Vectors have unit length; one from Redis that has not is thrown away. In Redis the key is the text digest alone and
+    the model is part of the sealed value, so that deleting a text removes its vector whatever model made it. A value
+    that another model wrote does not open: it is a miss.
     """
 
     def __init__(
@@ -132,11 +134,13 @@ class LayeredVectorCache:
 
     def _open(self, model_id: str, digest: bytes, value: bytes) -> Vector | None:
         payload = unseal(_identity(model_id, digest), value)
-        if payload is None or not payload or len(payload) % 4:
-            self._poisoned += 1
-            self._writer.delete([self._key(digest)])
-            return None
-        return np.frombuffer(payload, dtype="<f4")
+        if payload:
+            vector = np.frombuffer(payload[: len(payload) // 4 * 4], dtype="<f4")
+            if len(payload) % 4 == 0 and _is_unit(vector):
+                return vector
+        self._poisoned += 1
+        self._writer.delete([self._key(digest)])
+        return None
 
 
 class RecentlyDeleted:
@@ -169,6 +173,12 @@ class RecentlyDeleted:
             if now_s < deleted_at_s + DELETED_HOLD_S:
                 return
             del self._deleted_at_s[digest]
+
+
+def _is_unit(vector: Vector) -> bool:
+    """Whether it has unit length up to rounding, as all that a model makes have; one that is not finite has not."""
+    with np.errstate(all="ignore"):
+        return abs(float(vector @ vector) - 1.0) <= MAX_DEVIATION
 
 
 def _identity(model_id: str, digest: bytes) -> tuple[bytes, ...]:

@@ -13,9 +13,12 @@ import zmq
 from memory_system import protocol
 from memory_system.errors import InvalidReply
 from memory_system.health.life import Sign
+from memory_system.keys import KeyFile, apply_client
 
 # Requests that a program may owe an answer to: a slow one must not find a queue of questions.
 MAX_OPEN: Final = 3
+# A socket whose key was once refused never connects again: one without a connection is made anew after so long.
+ANEW_S: Final = 5.0
 _NOBLOCK: Final = int(zmq.NOBLOCK)
 _RESERVED: Final = protocol.RESERVED_REPLY_FIELDS | {"state", "pid"}
 
@@ -35,15 +38,19 @@ class Asker:
         endpoint: str,
         on_sign: Callable[[Sign], None],
         clock: Callable[[], float] = time.monotonic,
+        *,
+        key: KeyFile | None = None,
     ) -> None:
         self._context = context
         self._endpoint = endpoint
         self._on_sign = on_sign
+        self._key = key
         self._clock = clock
         self._loop = asyncio.get_running_loop()
         self._heard_s = float("-inf")
         self._open: dict[str, _Question] = {}
         self._socket: zmq.Socket[bytes] | None = None
+        self._blocked_s: float | None = None  # since when nothing could be sent
 
     def __repr__(self) -> str:
         return f"Asker({self._endpoint}, {'closed' if self._socket is None else f'{len(self._open)} open'})"
@@ -65,7 +72,9 @@ class Asker:
         try:
             socket.send_multipart([b"", body], _NOBLOCK)
         except zmq.Again:
+            self._blocked(now_s)
             return False
+        self._blocked_s = None
         self._open[request_id] = _Question(now_s, is_alone=not self._open)
         self._loop.call_soon(self.drain)  # a send may swallow the signal that something came
         return True
@@ -83,10 +92,17 @@ class Asker:
     def close(self) -> None:
         """Drop the connection and what is owed on it; the next `ask` makes a new one."""
         self._open.clear()
+        self._blocked_s = None
         if self._socket is not None:
             self._loop.remove_reader(self._socket.fileno())
             self._socket.close(0)
             self._socket = None
+
+    def _blocked(self, now_s: float) -> None:
+        if self._blocked_s is None:
+            self._blocked_s = now_s
+        elif now_s - self._blocked_s >= ANEW_S:
+            self.close()
 
     def _connect(self) -> zmq.Socket[bytes]:
         socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
@@ -98,6 +114,7 @@ class Asker:
         socket.setsockopt(zmq.HANDSHAKE_IVL, 3000)
         socket.setsockopt(zmq.MAXMSGSIZE, protocol.SOCKET_MAX_MESSAGE_BYTES)
         socket.setsockopt(zmq.IPV6, int("[" in self._endpoint))
+        apply_client(socket, self._key)
         socket.connect(self._endpoint)
         self._loop.add_reader(socket.fileno(), self.drain)
         self._socket = socket

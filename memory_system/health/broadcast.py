@@ -22,9 +22,10 @@ from typing import Any, Final
 import zmq
 
 from memory_system import log
+from memory_system.errors import CannotStart
 from memory_system.events import ERROR_TOPIC, HEALTH_TOPIC, HEARTBEAT_TOPIC, MAX_EVENT_BYTES, encode_message
 from memory_system.router import bind_socket, server_options
-from memory_system.security import is_loopback
+from memory_system.security import Gate, is_loopback
 from memory_system.settings import SecuritySettings, Settings
 
 logger = log.get_logger("health_manager")
@@ -33,6 +34,8 @@ MANAGER: Final = "health_manager"
 MAX_COMPONENTS: Final = 1000
 # What comes up from subscribers is a byte and a prefix; a peer that sends more is cut off.
 MAX_PREFIX_BYTES: Final = 1024
+DOMAIN: Final = "bus"
+_PORT_S: Final = 0.05  # between two tries to bind a port that was just let go of
 BURST_S: Final = 0.05  # last values go out at most once in this time, however many subscribe
 _READ_BATCH: Final = 256
 _SUBSCRIPTIONS_QUEUED: Final = 64
@@ -88,10 +91,18 @@ class Broadcaster:
     """Publishes on `address`. Used on the event loop's thread alone; no method blocks.
 
     A subscriber that does not read loses its own messages once `error_bus.queue_per_subscriber` are waiting for it.
+    With a `gate`, only keys that may operate get a connection; `look` is to be called every second or so.
     """
 
     def __init__(
-        self, address: str, settings: Settings, boot_id: str, *, last_error_seq: int = 0, component: str = MANAGER
+        self,
+        address: str,
+        settings: Settings,
+        boot_id: str,
+        *,
+        last_error_seq: int = 0,
+        component: str = MANAGER,
+        gate: Gate | None = None,
     ) -> None:
         self.address = address
         self.boot_id = boot_id
@@ -108,8 +119,9 @@ class Broadcaster:
         self._timer: asyncio.TimerHandle | None = None
         self._scheduled = False
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._socket = self._context.socket(zmq.XPUB)
+        self._gate = gate
+        self._context: zmq.Context[Any] = zmq.Context() if gate is None else gate.context
+        self._socket: zmq.Socket[bytes] = self._context.socket(zmq.XPUB)
 
     def __repr__(self) -> str:
         return f"Broadcaster({self.address}, {self.subscriptions} subscriptions, last error {self.last_error_seq})"
@@ -118,11 +130,14 @@ class Broadcaster:
 
     def bind(self) -> None:
         """Raises CannotStart."""
+        socket = self._socket
         for option, value in _options(self._settings, self.address).items():
-            self._socket.setsockopt(option, value)
-        for accepted in accept_filters(self._settings.network.bind, self._settings.security):
-            self._socket.setsockopt(zmq.TCP_ACCEPT_FILTER, accepted.encode())
-        bind_socket(self._socket, self.address, program="health manager", port_key="health.publish_port")
+            socket.setsockopt(option, value)
+        if self._gate is None:
+            for accepted in accept_filters(self._settings.network.bind, self._settings.security):
+                socket.setsockopt(zmq.TCP_ACCEPT_FILTER, accepted.encode())
+        names = {"program": "health manager", "port_key": "health.publish_port"}
+        bind_socket(socket, self.address, **names, gate=self._gate, domain=DOMAIN)
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -131,14 +146,45 @@ class Broadcaster:
 
     def close(self) -> None:
         """Send what is queued if that takes no time, and let go of the port. Closing again does nothing."""
-        if self._socket.closed:
+        self._let_go()
+        if self._gate is None:
+            self._context.term()
+
+    def look(self) -> None:
+        """Cut all connections if a key that may have one was revoked: those who may come back at once.
+
+        Who listens is asked for a key when it connects, and never sends anything that could be refused later.
+        """
+        if self._gate is None or self._socket.closed or not self._gate.has_outstayed(DOMAIN):
             return
+        logger.info("subscribers_cut_off", reason="a key that may listen was revoked")
+        self._let_go()
+        self.subscriptions = 0
+        self._begin_again()
+
+    def _begin_again(self) -> None:
+        """Bind anew, as soon as libzmq has let go of the port. What is published meanwhile subscribers see as a gap."""
+        assert self._loop is not None
+        self._timer = None
+        self._socket = self._context.socket(zmq.XPUB)
+        try:
+            self.bind()
+        except CannotStart:
+            self._socket.close(0)
+            self._timer = self._loop.call_later(_PORT_S, self._begin_again)
+        else:
+            self.start(self._loop)
+
+    def _let_go(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
+            self._timer = None
+        self._burst.clear()
+        if self._socket.closed:
+            return
         if self._loop is not None:
             self._loop.remove_reader(self._socket.fileno())
         self._socket.close()
-        self._context.term()
 
     # -- publishing -------------------------------------------------------------------------------------------
 

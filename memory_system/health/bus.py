@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 from memory_system.errors import InvalidField
 from memory_system.events import MAX_NAME_CHARS, SEVERITIES, Event, make_event, severity_of
@@ -15,28 +15,40 @@ from memory_system.health.folding import Broadcast, BroadcastFolder
 from memory_system.health.history import History, Rows
 from memory_system.health.records import HistoryFailed
 from memory_system.log import get_logger
+from memory_system.security import Gate
 from memory_system.settings import Settings
 
 log = get_logger("health.bus")
 
 Name = Annotated[str, Span(1, MAX_NAME_CHARS)]
+_GRANTS_LOOK_S: Final = 1.0
 
 
 class Bus:
     """The history, the folder and the broadcaster. Used on the event loop, but for `report`.
 
-    `on_event` hears of each event that was committed.
+    `on_event` hears of each event that was committed. `gate`: whose keys may listen, where there are keys.
     """
 
     broadcaster: Broadcaster
 
-    def __init__(self, settings: Settings, address: str, boot_id: str, *, on_event: Callable[[Event], None]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        address: str,
+        boot_id: str,
+        *,
+        on_event: Callable[[Event], None],
+        gate: Gate | None = None,
+    ) -> None:
         self.history = History(settings.error_bus.history_path, settings.error_bus, on_commit=self._committed)
         self._settings = settings
         self._address = address
         self._boot_id = boot_id
         self._on_event = on_event
+        self._gate = gate
         self._timer: asyncio.TimerHandle | None = None
+        self._look: asyncio.TimerHandle | None = None
         self._timer_s = 0.0
         self.lost_reports = 0
 
@@ -50,15 +62,24 @@ class Bus:
         last_seq = self.history.last_seq
         rules = self._settings.error_bus
         self._folder = BroadcastFolder(rules.fold_s, rules.broadcasts_per_s, last_seq)
-        self.broadcaster = Broadcaster(self._address, self._settings, self._boot_id, last_error_seq=last_seq)
+        self.broadcaster = Broadcaster(
+            self._address, self._settings, self._boot_id, last_error_seq=last_seq, gate=self._gate
+        )
         self.broadcaster.bind()
         self.broadcaster.start(self._loop)
+        if self._gate is not None:
+            self._look_at_grants()
+
+    def _look_at_grants(self) -> None:
+        self._look = self._loop.call_later(_GRANTS_LOOK_S, self._look_at_grants)
+        self.broadcaster.look()
 
     async def close(self) -> None:
         """Commit what waits, tell what was held back, close. May be called after a failed start, and twice."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        for timer in (self._timer, self._look):
+            if timer is not None:
+                timer.cancel()
+        self._timer = None
         await self.history.close()
         if hasattr(self, "broadcaster"):
             await asyncio.sleep(0)  # the last commit is told on the loop

@@ -17,12 +17,12 @@ from memory_system.health import reports
 from memory_system.health.folding import BroadcastFolder
 from memory_system.health.history import History
 from memory_system.health.history_file import MANAGER
-from memory_system.health.mesh import MeshSubscriber, Message
+from memory_system.health.mesh import DOMAIN, MeshSubscriber, Message
 from memory_system.health.records import Committed
 from memory_system.log import get_logger
 from memory_system.program import listen_address
-from memory_system.router import Route, Router
-from memory_system.security import policy_for
+from memory_system.router import Route, Router, Sender
+from memory_system.security import Gate, policy_for
 from memory_system.settings import Settings
 
 log = get_logger("health.ingest")
@@ -44,15 +44,19 @@ class Ingest:
     """Receives on `health.report_port` and `health.mesh_port`, and hands events to the history.
 
     What is no event becomes one about its sender, with repeats summed up. `on_heartbeat(fields, address)` gets each
-    heartbeat. While the history is full, nothing is read and reporters wait; while it fails, they are told to try
-    again, and what the mesh sends is lost, counted, and told of afterwards.
+    heartbeat. Where there are keys, `gate` says whose a message is: events are those of the key, and a heartbeat is
+    taken from the component's own key alone. While the history is full, nothing is read and reporters wait; while it
+    fails, they are told to try again, and what the mesh sends is lost, counted, and told of afterwards.
     """
 
-    def __init__(self, settings: Settings, history: History, *, on_heartbeat: OnHeartbeat) -> None:
+    def __init__(
+        self, settings: Settings, history: History, *, on_heartbeat: OnHeartbeat, gate: Gate | None = None
+    ) -> None:
         bind, health = settings.network.bind, settings.health
         self._history = history
         self._on_heartbeat = on_heartbeat
-        policy = policy_for(settings.network, settings.security)
+        self._gate = gate
+        policy = policy_for(settings.network, settings.security) if gate is None else None
         self._router = Router(
             listen_address(bind, health.report_port),
             network=settings.network,
@@ -65,6 +69,8 @@ class Ingest:
             options={zmq.MAXMSGSIZE: 2 * reports.MAX_BODY_BYTES},
             program="health manager",
             port_key="health.report_port",
+            gate=gate,
+            domain=DOMAIN,
         )
         self._mesh = MeshSubscriber(
             listen_address(bind, health.mesh_port),
@@ -72,9 +78,12 @@ class Ingest:
             on_messages=self._mesh_messages,
             is_full=lambda: history.is_full,
             policy=policy,
+            gate=gate,
         )
         self._complaints = BroadcastFolder(_COMPLAINT_FOLD_S, _COMPLAINTS_PER_S)
-        self._counts = dict.fromkeys(("received", "known", "malformed", "dropped", "retries", "heartbeats"), 0)
+        self._counts = dict.fromkeys(
+            ("received", "known", "malformed", "dropped", "retries", "heartbeats", "refused"), 0
+        )
         self._lost = 0
         self._pending: set[asyncio.Future[Committed]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -98,7 +107,8 @@ class Ingest:
 
     def figures(self) -> dict[str, int]:
         """Counts since the start: events `received` and how many of them were `known`; `malformed` messages; events
-        `dropped` because the history failed; `retries` asked for; `heartbeats`; messages `denied`; `unsent` answers.
+        `dropped` because the history failed; `retries` asked for; `heartbeats`, and those `refused`, with
+        the key of another; messages `denied`; `unsent` answers.
         """
         denied = self._router.denied + self._mesh.denied
         return {**self._counts, "denied": denied, "unsent": self._router.dropped}
@@ -121,23 +131,40 @@ class Ingest:
 
     # -- reporters --------------------------------------------------------------------------------------------
 
-    def _report(self, _peer: bytes, route: Route, body: bytes, address: str) -> None:
+    def _report(self, _peer: bytes, route: Route, body: bytes, sender: Sender) -> None:
         if self._closed:
             return  # it is sent again, to the manager that comes
         try:
+            name = self._name(sender)
             report = reports.read_report(body, time.time())
+        except AccessDenied as error:
+            self._denied(route, body, sender, error)
+            return
         except MalformedEvent as error:
-            self._malformed(error, address, len(body))
+            self._malformed(error, sender, len(body), name)
             self._router.send(route, reports.refusal(body, error.reason, getattr(error, "batch", None)))
             return
         if isinstance(report, reports.Heartbeat):
-            self._counts["heartbeats"] += 1
-            self._on_heartbeat(report.fields, address)
+            self._heartbeat(report, sender, name)
             return
         for flaw in report.malformed:
-            self._malformed(flaw, address, None)
-        self._counts["received"] += len(report.events)
-        self._submit(report.events, partial(self._answer, route, report), may_return=True)
+            self._malformed(flaw, sender, None, name)
+        events = report.events if name is None else [reports.signed(event, name) for event in report.events]
+        self._counts["received"] += len(events)
+        self._submit(events, partial(self._answer, route, report), may_return=True)
+
+    def _name(self, sender: Sender) -> str | None:
+        """The name of the key that a message came with, None where there are none. Raises AccessDenied."""
+        return None if self._gate is None else self._gate.identity(sender.user_id).name
+
+    def _heartbeat(self, heartbeat: reports.Heartbeat, sender: Sender, name: str | None) -> None:
+        if name in (None, heartbeat.component):
+            self._counts["heartbeats"] += 1
+            self._on_heartbeat(heartbeat.fields, sender.address)
+            return
+        self._counts["refused"] += 1
+        message = f"the key of {name} sent a heartbeat in another name"
+        self._complain_of("peer_denied", message, name or UNKNOWN_AGENT, {"claimed": heartbeat.component})
 
     def _answer(self, route: Route, batch: reports.Batch, done: asyncio.Future[Committed]) -> None:
         failure = done.exception()
@@ -149,23 +176,24 @@ class Ingest:
         self._counts["known"] += known
         self._router.send(route, reports.acknowledgement(batch, len(batch.events) - known, known))
 
-    def _not_one_body(self, _route: Route, _peer: bytes, address: str) -> None:
-        self._malformed(MalformedEvent("a report is [empty frame, body]"), address, None)
+    def _not_one_body(self, _route: Route, _peer: bytes, sender: Sender) -> None:
+        self._malformed(MalformedEvent("a report is [empty frame, body]"), sender, None)
 
-    def _denied(self, route: Route, body: bytes, address: str, error: AccessDenied) -> None:
+    def _denied(self, route: Route, body: bytes, sender: Sender, error: AccessDenied) -> None:
         self._router.send(route, reports.refusal(body, error.message))
-        self._complain_of("peer_denied", error.message, UNKNOWN_AGENT, {"peer": address})
+        self._complain_of("peer_denied", error.message, UNKNOWN_AGENT, {"peer": sender.address})
 
     # -- the mesh ---------------------------------------------------------------------------------------------
 
     def _mesh_messages(self, messages: list[Message]) -> None:
         now_s = time.time()
         events: list[Event] = []
-        for frames, address in messages:
+        for frames, sender, name in messages:
             try:
-                events.append(reports.read_mesh(frames, now_s))
+                event = reports.read_mesh(frames, now_s)
+                events.append(event if name is None else reports.signed(event, name))
             except MalformedEvent as error:
-                self._malformed(error, address, sum(map(len, frames)))
+                self._malformed(error, sender, sum(map(len, frames)), name)
         self._counts["received"] += len(events)
         self._submit(events, partial(self._mesh_done, events), may_return=False)
 
@@ -205,10 +233,10 @@ class Ingest:
             self._submit([event], partial(self._mesh_done, [event]), may_return=False)
         self._router.schedule()
 
-    def _malformed(self, error: MalformedEvent, address: str, size: int | None) -> None:
+    def _malformed(self, error: MalformedEvent, sender: Sender, size: int | None, name: str | None = None) -> None:
         self._counts["malformed"] += 1
-        details = {"peer": address or "loopback"} | ({} if size is None else {"size": size})
-        self._complain_of(MALFORMED, error.reason, error.agent or UNKNOWN_AGENT, details)
+        details = {"peer": sender.address or "loopback"} | ({} if size is None else {"size": size})
+        self._complain_of(MALFORMED, error.reason, name or error.agent or UNKNOWN_AGENT, details)
 
     def _complain_of(self, error_type: str, message: str, agent: str, details: dict[str, Any]) -> None:
         event = make_event(agent, error_type, message, "warning", details=details)

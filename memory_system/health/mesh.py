@@ -10,11 +10,12 @@ import zmq
 
 from memory_system.errors import AccessDenied
 from memory_system.events import ERROR_TOPIC, MAX_EVENT_BYTES
-from memory_system.router import bind_socket, server_options
-from memory_system.security import PeerPolicy
+from memory_system.router import Incoming, Sender, bind_socket, sender_of, server_options
+from memory_system.security import Gate, PeerPolicy
 from memory_system.settings import NetworkSettings
 
-Message = tuple[list[bytes], str]  # frames, address of the sender where there is a policy
+# Frames; the sender, known where there is a policy or a gate; the name of its key.
+Message = tuple[list[bytes], Sender, str | None]
 
 # A PUB drops what does not fit at once, so what a storm needs has to be kept on this side.
 QUEUED: Final = 10_000
@@ -23,7 +24,8 @@ MAX_FRAME_BYTES: Final = 4 * MAX_EVENT_BYTES
 BATCH: Final = 200
 LOOK_S: Final = 1.0
 
-_NOBLOCK: Final = int(zmq.NOBLOCK)
+DOMAIN: Final = "ingest"
+_NOBODY: Final = Sender("", None)
 
 
 class MeshSubscriber:
@@ -41,18 +43,21 @@ class MeshSubscriber:
         on_messages: Callable[[list[Message]], None],
         is_full: Callable[[], bool],
         policy: PeerPolicy | None = None,
+        gate: Gate | None = None,
     ) -> None:
         self.address = address
         self.denied = 0
         self._on_messages = on_messages
         self._is_full = is_full
         self._policy = policy
-        self._context: zmq.Context[Any] = zmq.Context()
+        self._gate = gate
+        self._context: zmq.Context[Any] = zmq.Context() if gate is None else gate.context
         self._socket: zmq.Socket[bytes] = self._context.socket(zmq.SUB)
         own: dict[int, int] = {zmq.RCVHWM: QUEUED, zmq.MAXMSGSIZE: MAX_FRAME_BYTES, zmq.LINGER: 0}
         for option, value in {**server_options(network, address), **own}.items():
             self._socket.setsockopt(option, value)
         self._socket.setsockopt(zmq.SUBSCRIBE, ERROR_TOPIC.encode())
+        self._incoming = Incoming(self._socket)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._scheduled = False
@@ -63,7 +68,8 @@ class MeshSubscriber:
 
     def bind(self) -> None:
         """Take the address. Raises CannotStart."""
-        bind_socket(self._socket, self.address, program="health manager", port_key="health.mesh_port")
+        names = {"program": "health manager", "port_key": "health.mesh_port"}
+        bind_socket(self._socket, self.address, **names, gate=self._gate, domain=DOMAIN)
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Begin to read, on this loop."""
@@ -89,7 +95,8 @@ class MeshSubscriber:
         """May be called at any time."""
         self.stop()
         self._socket.close()
-        self._context.term()
+        if self._gate is None:
+            self._context.term()
 
     def _look(self) -> None:
         assert self._loop is not None
@@ -104,7 +111,7 @@ class MeshSubscriber:
         if self._is_full():
             return
         messages: list[Message] = []
-        while len(messages) < BATCH:
+        for _ in range(BATCH):
             try:
                 message = self._read()
             except zmq.Again:
@@ -118,17 +125,19 @@ class MeshSubscriber:
 
     def _read(self) -> Message | None:
         """The next message, None for one that the policy does not let in; raises zmq.Again when there is none."""
-        frame = self._socket.recv(_NOBLOCK, copy=False)
-        frames = [frame.bytes]
-        while frame.more:
-            frame = self._socket.recv(_NOBLOCK, copy=False)
-            frames.append(frame.bytes)
-        if self._policy is None:
-            return frames, ""
+        read = self._incoming.read()
+        if read is None:
+            return None
+        frames, frame = read
+        if self._policy is None and self._gate is None:
+            return frames, _NOBODY, None
+        sender, name = sender_of(frame), None
         try:
-            address = str(frame.get("Peer-Address"))
-            self._policy.check(address)
-        except (zmq.ZMQError, AccessDenied):
+            if self._gate is not None:
+                name = self._gate.identity(sender.user_id).name  # it may have been revoked since it connected
+            elif self._policy is not None:
+                self._policy.check(sender.address)
+        except AccessDenied:
             self.denied += 1
             return None
-        return frames, address
+        return frames, sender, name

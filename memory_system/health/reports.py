@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import msgpack
@@ -122,6 +122,14 @@ def read_event(value: object, now_s: float) -> Event:
         raise
     except Exception as error:  # noqa: BLE001  one event that breaks the reader must not stop those of all others
         raise MalformedEvent(f"the event cannot be read: {type(error).__name__}") from None
+
+
+def signed(event: Event, name: str) -> Event:
+    """The event as one of the key of this name; whom it named itself is then in the details, as `agent_sent`."""
+    if event.agent == name:
+        return event
+    sent = {"agent_sent": event.agent}
+    return replace(event, agent=name, details={**bounded_details({**event.details, **sent}), **sent})
 
 
 def acknowledgement(batch: Batch, accepted: int, known: int) -> bytes:

@@ -12,9 +12,11 @@ heartbeats.
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import time
 from collections.abc import Callable, Coroutine, Mapping
+from functools import partial
 from typing import Any, Final, Protocol
 
 import zmq
@@ -29,6 +31,7 @@ from memory_system.health.states import Component, State
 from memory_system.health.supervisor import Supervisor, SupervisorUnavailable
 from memory_system.health.watched import Watched, interval_of, is_here, is_pid, sign_of
 from memory_system.health_settings import HealthSettings
+from memory_system.keys import KeyFile
 from memory_system.log import get_logger
 
 log = get_logger("watch")
@@ -50,6 +53,7 @@ class Watch:
     `on_forget(component)` hears of one that has been silent for so long that it is no component any more.
 
     `own` is this program's name and a function that returns what its health_check would: it does not ask itself.
+    `key`: as whom the programs are asked, where they take nobody without one; names then are those of keys.
     Everything happens on the loop that `start` is called on.
     """
 
@@ -63,6 +67,7 @@ class Watch:
         on_change: Callable[[str, State, dict[str, Any]], None],
         report: Report,
         on_forget: Callable[[str], None] = lambda name: None,
+        key: KeyFile | None = None,
     ) -> None:
         self._rules = rules
         self._addresses = dict(addresses)
@@ -72,6 +77,7 @@ class Watch:
         self._on_change = on_change
         self._report = report
         self._on_forget = on_forget
+        self._key = key
         self._healer = Healer(rules)
         self._watched: dict[str, Watched] = {}
         self._context: zmq.Context[Any] = zmq.Context()
@@ -105,10 +111,9 @@ class Watch:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        tasks = list(self._tasks)
-        for task in tasks:
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         for each in self._watched.values():
             if each.asker is not None:
                 each.asker.close()
@@ -171,9 +176,7 @@ class Watch:
         component, rules = watched.component, self._rules
         if watched.asker is not None:
             watched.asker.drain()
-        often_s = min(rules.check_s, rules.hang_s / 2.0)
-        if component.is_unclear():
-            often_s = min(often_s, _UNCLEAR_S)
+        often_s = min(rules.check_s, rules.hang_s / 2.0, _UNCLEAR_S if component.is_unclear() else math.inf)
         if now_s - watched.asked_s < often_s:
             return
         if name == self._own:
@@ -262,7 +265,8 @@ class Watch:
         if address is not None:
             watched.address = address.shown
             if name != self._own:
-                watched.asker = Asker(self._context, address.endpoint, lambda sign: self._answered(name, sign))
+                answered = partial(self._answered, name)
+                watched.asker = Asker(self._context, address.endpoint, answered, key=self._key)
         self._tell(name, watched, [watched.component.state])
 
     def _answered(self, name: str, sign: Sign) -> None:
@@ -288,8 +292,7 @@ class Watch:
             self._on_change(name, state, self._entry(name, watched, now_at, state))
 
     def _entry(self, name: str, watched: Watched, now_at: float, state: State | None = None) -> dict[str, Any]:
-        kills, left_alone = self._healer.kills(name), self._healer.is_left_alone(name)
-        return watched.entry(name, kills, left_alone, now_at, state)
+        return watched.entry(name, self._healer.kills(name), self._healer.is_left_alone(name), now_at, state)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

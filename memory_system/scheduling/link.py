@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from memory_client import AsyncMemoryClient
 from memory_system.client_retry import retry_after_s
+from memory_system.keys import KeyFile
 from memory_system.scheduler_settings import SchedulerSettings
 from memory_system.scheduling.jobs import Job
 from memory_system.scheduling.runs import Run
@@ -47,6 +48,7 @@ class Link:
         *,
         on_change: Callable[[str], None],
         on_ready: Callable[[], Awaitable[None]],
+        key: KeyFile | None = None,
     ) -> None:
         self.state = "loading"
         self._began_s = time.monotonic()
@@ -61,6 +63,7 @@ class Link:
             failure_threshold=rules.failure_threshold,
             reset_timeout_s=rules.reset_timeout_s,
             error_bus="",
+            key_file=key,
         )
         # Runs are recorded under who asked for them: the scheduler itself, or a person.
         self._runs, self._runs_by_hand = (
@@ -71,6 +74,7 @@ class Link:
                 attempt_timeout_ms=call_ms,
                 failure_threshold=_NO_BREAKER,
                 error_bus="",
+                key_file=key,
             )
             for agent_id in (AGENT, OPERATOR)
         )

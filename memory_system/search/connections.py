@@ -41,6 +41,13 @@ class Connections:
             raise
         self._idle.put(conn)
 
+    def warm(self, count: int) -> None:
+        """Open so many, with their files: later there may be no file left to open them with."""
+        for _ in range(count):
+            conn = self._connect()
+            conn.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+            self._idle.put(conn)
+
     def close(self) -> None:
         """Close those that are idle; to be called when no search runs any more."""
         while not self._idle.empty():

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
+import numpy.ma  # np.unique imports it when first called, which fails when no file is left to open it
 from threadpoolctl import threadpool_limits
 
 from memory_system.lifecycle_settings import LifecycleSettings
@@ -61,6 +62,7 @@ class SearchEngine:
         # Each thread computes by itself: on cores that are busy, those that share a product wait for each other.
         threadpool_limits(1, "blas")
         self._connections = Connections(connect, query_s)
+        self._connections.warm(settings.threads)
 
     def __repr__(self) -> str:
         return f"<SearchEngine {self._path} {self._index!r}>"

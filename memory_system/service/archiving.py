@@ -134,7 +134,7 @@ class ArchivingService:
         order = Order(overwrite=p.on_conflict == "overwrite", dry_run=p.dry_run, model=self._model())
         key = None
         if call.request_id is not None and self._idempotency and not p.dry_run:
-            key = Key(call.caller, call.request_id, call.fingerprint)
+            key = Key(call.who.scope, call.request_id, call.fingerprint)
         job = WriteJob(
             lambda context: _load(context, job, items, order),
             call.namespace,

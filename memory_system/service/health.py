@@ -31,6 +31,8 @@ _HEARTBEAT: Final = (
     *("pid", "state", "readiness", "uptime_s", "in_flight", "write_queue", "index_lag", "last_commit_at"),
     *("memory_bytes", "open_files", "disk_free_bytes"),
 )
+# What a key is told that is no operator's: nothing that comes of what others keep or ask.
+_FOR_EVERYBODY: Final = ("state", "readiness", "pid", "uptime_s", "draining", "version", "model_id")
 
 
 class HealthService:
@@ -63,7 +65,8 @@ class HealthService:
         self._was_healthy = False  # what loads again was lost
 
     def health_check(self, call: Call, p: m.NoParams) -> Reply:
-        return self.figures()
+        figures = self.figures()
+        return figures if call.who.sees_figures else {name: figures[name] for name in _FOR_EVERYBODY}
 
     def heartbeat(self) -> Reply:
         """What is said of the service every few seconds."""
@@ -78,12 +81,15 @@ class HealthService:
             "embedding": _EMBEDDING_READINESS[self._embedder.state],
             "redis": self._caches.redis.state,
         }
+        process = self._process()
+        if "security" in process:
+            readiness["authenticator"] = process["security"]["state"]
         depth = self._embedding.depth
         return {
             "state": self._state(readiness),
             "readiness": readiness,
             **process_figures(),
-            **self._process(),
+            **process,
             "version": __version__,
             "sqlite_version": sqlite3.sqlite_version,
             "model_id": self._embedder.model_id,
@@ -105,7 +111,7 @@ class HealthService:
 
     def _state(self, readiness: Mapping[str, str]) -> str:
         """Redis is a cache and never a condition: it does not count."""
-        needed = (readiness["search_index"], readiness["embedding"])
+        needed = (readiness["search_index"], readiness["embedding"], readiness.get("authenticator", "off"))
         if self._process().get("draining"):
             return "stopping"
         if "unavailable" in needed:

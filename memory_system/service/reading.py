@@ -197,9 +197,9 @@ class ReadingService:
         return results.reply(**fields)
 
     async def get_request_status(self, call: Call, p: m.GetRequestStatus) -> Reply:
-        if self._writer.is_under_way((call.namespace, call.caller, p.request_id)):
+        if self._writer.is_under_way((call.namespace, call.who.scope, p.request_id)):
             return {"state": "in_progress"}
-        stored = await self._queries.stored_reply(call.namespace, call.caller, p.request_id)
+        stored = await self._queries.stored_reply(call.namespace, call.who.scope, p.request_id)
         if stored is None:
             return {"state": "unknown"}
         return {"state": "committed", "reply": stored[0], "committed_at": stored[1]}

@@ -34,6 +34,7 @@ from memory_system.settings import Settings
 from memory_system.storage.queries import Queries
 from memory_system.storage.readers import too_slow
 from memory_system.storage.rows import RecordView, is_alive, not_found
+from memory_system.turns import Turns
 
 # A result that depends on these changes without a commit, so it is not kept; nor is one whose score does, by a boost.
 _MOVING_FIELDS: Final = frozenset({"importance", "access_count", "last_accessed_at"})
@@ -71,6 +72,7 @@ class SearchingService:
         self._own_writes = own_writes
         self._results = results
         self._accesses = accesses
+        self._turns = Turns(settings.search.threads)
         self._epoch = epoch
         self._commit_seq = commit_seq
         self._fingerprint = cursors.scope(settings.search, settings.ranking, settings.lifecycle)
@@ -173,7 +175,7 @@ class SearchingService:
     async def _wait_for_own_writes(self, call: Call) -> None:
         if self._embedder.state == "ready":
             wait_s = self._budget_s(call, self._settings.search.wait_ms / 1000.0)
-            await self._own_writes.wait((call.namespace, call.caller), wait_s)
+            await self._own_writes.wait((call.namespace, call.who.own), wait_s)
 
     def _budget_s(self, call: Call, limit_s: float) -> float:
         """Half of what is left of the caller's deadline at most: the search itself needs the rest."""
@@ -205,8 +207,9 @@ class SearchingService:
         return await self._reply(call, asked, outcome, found, room)
 
     async def _run(self, submit: Callable[..., Future[SearchOutcome]], *arguments: Any) -> SearchOutcome:
-        with self._reading():
-            return await asyncio.wrap_future(submit(*arguments))
+        async with self._turns:
+            with self._reading():
+                return await asyncio.wrap_future(submit(*arguments))
 
     @contextmanager
     def _reading(self) -> Iterator[None]:

@@ -36,8 +36,17 @@ class WritingService:
     def _write(self, call: Call, run: Callable[[WriteContext], Reply], rows: int = 1) -> Awaitable[Reply]:
         key = None
         if call.request_id is not None and self._idempotency:
-            key = Key(call.caller, call.request_id, call.fingerprint)
-        job = WriteJob(run, call.namespace, call.caller, key, rows, deadline_s=call.deadline_s, client=call.peer)
+            key = Key(call.who.scope, call.request_id, call.fingerprint)
+        job = WriteJob(
+            run,
+            call.namespace,
+            call.who.own,
+            key,
+            rows,
+            deadline_s=call.deadline_s,
+            client=call.peer,
+            owner=call.who.principal,
+        )
         return self._writer.submit(job)
 
     def create_session(self, call: Call, p: m.CreateSession) -> Result:

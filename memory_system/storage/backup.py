@@ -121,12 +121,14 @@ def _checked(copy: Path, before: Contents, stopped: Stopped) -> Contents:
 
 
 @contextlib.contextmanager
-def reading(database: Path, stopped: Stopped = never) -> Iterator[sqlite3.Connection]:
+def reading(database: Path, stopped: Stopped = never, *, is_still: bool = False) -> Iterator[sqlite3.Connection]:
     """A connection that can change nothing of the file; what runs on it is broken off once `stopped` says so.
+    `is_still`: nobody writes it meanwhile and it has no log, so that nothing need be made beside it either.
 
     Raises sqlite3.Error for what cannot be opened.
     """
-    db = sqlite3.connect(f"{database.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None)
+    options = "immutable=1" if is_still else "mode=ro"
+    db = sqlite3.connect(f"{database.absolute().as_uri()}?{options}", uri=True, isolation_level=None)
     try:
         db.execute(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT_MS}")
         db.set_progress_handler(stopped, _LOOK_STEPS)
@@ -155,11 +157,11 @@ def contents(db: sqlite3.Connection) -> Contents:
     )
 
 
-def check(db: sqlite3.Connection, path: Path) -> None:
-    """Raise StorageFailed unless the pages are sound."""
-    verdict = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+def check(db: sqlite3.Connection, path: Path, *, with_indexes: bool = False) -> None:
+    """Raise StorageFailed unless the pages are sound; `with_indexes`: and each index is that of its table."""
+    verdict = db.execute(f"PRAGMA {'integrity' if with_indexes else 'quick'}_check(1)").fetchone()[0]
     if verdict != "ok":
-        raise StorageFailed(f"{path} is damaged: {verdict}")
+        raise StorageFailed(f"{path} is damaged: {' '.join(verdict.split())}")
 
 
 def needed_bytes(db: sqlite3.Connection) -> int:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from memory_system.lifecycle_settings import LifecycleSettings
 from memory_system.models import Memory
 from memory_system.storage.rows import RecordView
+from memory_system.storage.usage import Quota
 
 Reply = dict[str, Any]
 
@@ -36,7 +37,7 @@ class Changes:
 
 @dataclass(slots=True)
 class WriteContext:
-    """What an operation has inside its savepoint."""
+    """What an operation has inside its savepoint. `owner`: whose new memories are, "" for nobody's."""
 
     db: sqlite3.Connection
     now_s: float
@@ -45,6 +46,8 @@ class WriteContext:
     view: RecordView
     changes: Changes = field(default_factory=Changes)
     log: list[tuple[int, str]] = field(default_factory=list)
+    owner: str = ""
+    quota: Quota | None = None
 
     def log_change(self, row_id: int, op: str) -> None:
         """Note for index_log; the writer appends it in the same transaction."""

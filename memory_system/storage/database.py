@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Final
 
 from memory_system.errors import StorageFailed
-from memory_system.storage import migrations
+from memory_system.storage import inspection, migrations
 
-APPLICATION_ID: Final = 0x4D454D31
+APPLICATION_ID: Final = migrations.APPLICATION_ID
 BUSY_TIMEOUT_MS: Final = 5000
 # Fixed in 3.51.3: two connections that write or checkpoint at one instant can lose a commit. Here only one does.
 WAL_RESET_FIXED: Final = (3, 51, 3)
@@ -120,11 +120,13 @@ def transaction(db: sqlite3.Connection) -> Iterator[None]:
 def open_store(path: Path, synchronous: str = "full") -> sqlite3.Connection:
     """Create the database, or migrate it after a backup, and return the writing connection.
 
-    Raises StorageFailed for a file that is no store of ours, or one of a newer schema; it is left as it was.
+    Raises StorageFailed for a file that is no store of ours, one of a newer schema, one that is damaged, or one that
+    lacks acknowledged writes; it is left as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     db = None
     try:
+        inspection.inspect(path)
         db = _connect(path)
         version = _check(db, path)
         _become_writer(db, synchronous)

@@ -22,8 +22,10 @@ from memory_system.log import get_logger
 from memory_system.settings import StorageSettings
 from memory_system.storage import idempotency
 from memory_system.storage.context import Reply, WriteContext
-from memory_system.storage.jobs import Lanes, WriteJob
+from memory_system.storage.jobs import WriteJob
 from memory_system.storage.rows import RecordView
+from memory_system.storage.usage import Quota
+from memory_system.turns import Lanes
 
 log = get_logger("storage.group")
 
@@ -48,6 +50,11 @@ class Group:
     sequences: dict[str, int] = field(default_factory=dict)
     logged: int = 0  # rows that it appended to index_log
 
+    @property
+    def counted(self) -> int:
+        """By how much it raised the commit_seqs."""
+        return sum(seq - self.sequences_before[name] for name, seq in self.sequences.items())
+
     def names(self) -> dict[str, list[str]]:
         """For a log line: the request_ids of the first of them."""
         named = [outcome.job.request_id for outcome in self.outcomes]
@@ -66,12 +73,14 @@ class GroupRunner:
         settings: StorageSettings,
         lifecycle: LifecycleSettings,
         clock: Callable[[], float],
+        quota: Quota | None = None,
     ) -> None:
         self._db = db
         self._settings = settings
         self._lifecycle = lifecycle
         self._view = RecordView(lifecycle)
         self._clock = clock
+        self._quota = quota
         self._sequences: dict[str, int] = dict(db.execute("SELECT namespace, commit_seq FROM namespaces").fetchall())
         # The log's own count goes on from here: AUTOINCREMENT gives out no number twice, and a rollback returns them.
         found = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'index_log'").fetchone()
@@ -82,7 +91,7 @@ class GroupRunner:
     def sequences(self) -> dict[str, int]:
         return dict(self._sequences)
 
-    def run(self, waiting: Lanes) -> Group:
+    def run(self, waiting: Lanes[WriteJob]) -> Group:
         """Run and commit the next group; its outcomes tell what became of each request.
 
         Raises sqlite3.Error when it was the sync that failed: the group may be found committed after a restart, so its
@@ -104,7 +113,7 @@ class GroupRunner:
             self._fail(group, waiting, error)
         return group
 
-    def _run_jobs(self, group: Group, waiting: Lanes) -> bool:
+    def _run_jobs(self, group: Group, waiting: Lanes[WriteJob]) -> bool:
         """Run waiting jobs until the group is full in jobs, rows or time; what is left forms the next group.
 
         Without savepoints, which cost time for each request, and hardly any needs one. Returns False when a job failed
@@ -177,6 +186,7 @@ class GroupRunner:
 
     def _apply(self, job: WriteJob) -> tuple[Reply, WriteContext]:
         context = WriteContext(self._db, self._clock(), job.namespace, self._lifecycle, self._view)
+        context.owner, context.quota = job.owner, self._quota
         context.changes.caller = (job.namespace, job.caller)
         if job.key is not None:
             stored = idempotency.replay(context, job.key)
@@ -195,7 +205,7 @@ class GroupRunner:
             idempotency.store(context, job.key, reply)
         return reply, context
 
-    def _fail(self, group: Group, waiting: Lanes, error: sqlite3.Error) -> None:
+    def _fail(self, group: Group, waiting: Lanes[WriteJob], error: sqlite3.Error) -> None:
         """Nothing of the group was kept: every request of it gets the named error."""
         if self._db.in_transaction:
             self._db.execute("ROLLBACK")

@@ -140,13 +140,13 @@ def _replace(loading: Loading, stored: Memory, item: MemoryItem) -> None:
     _write(loading, stored, memory)
 
 
-_WRITTEN: Final = tuple(name for name in rows.FIELDS if name not in ("row_id", "namespace", "memory_id"))
+_WRITTEN: Final = tuple(name for name in rows.FIELDS if name not in ("row_id", "namespace", "memory_id", "owner"))
 _WRITE: Final = f"UPDATE memories SET {', '.join(f'{name} = ?' for name in _WRITTEN)} WHERE row_id = ?"
 
 
 def _write(loading: Loading, stored: Memory, memory: Memory) -> None:
     context = loading.context
-    memory = msgspec.structs.replace(memory, row_id=stored.row_id)
+    memory = msgspec.structs.replace(memory, row_id=stored.row_id, owner=stored.owner)
     memory = msgspec.structs.replace(memory, due_at=memories.due_at(context, memory))
     values = dict(zip(rows.FIELDS[1:], rows.row_from_memory(memory), strict=True))
     loading.db.execute(_WRITE, [*(values[name] for name in _WRITTEN), memory.row_id])

@@ -16,13 +16,14 @@ from memory_system.errors import (
     InvalidField,
     MemoryNotFound,
     MemorySystemError,
+    QuotaExceeded,
     SessionNotFound,
     VersionConflict,
 )
 from memory_system.lifecycle import SESSION_TYPE
 from memory_system.models import Memory, UpdatePayload
 from memory_system.protocol import MAX_METADATA_BYTES
-from memory_system.storage import ageing, rows
+from memory_system.storage import ageing, rows, usage
 from memory_system.storage.context import Removed, Reply, WriteContext
 
 _counter = itertools.count(int.from_bytes(os.urandom(2)))
@@ -75,6 +76,9 @@ def add(context: WriteContext, new: NewMemory) -> Reply:
 
 def add_many(context: WriteContext, batch: list[NewMemory]) -> Reply:
     """All or nothing; the error of a bad item names its index."""
+    if context.quota is not None:  # all of them before the first is written
+        size = sum(usage.size_of(new.content, new.metadata, new.tags) for new in batch)
+        usage.check(context.db, context.quota, context.owner, memories=len(batch), size=size)
     memory_ids = []
     for index, new in enumerate(batch):
         try:
@@ -87,9 +91,15 @@ def add_many(context: WriteContext, batch: list[NewMemory]) -> Reply:
 
 
 def insert(context: WriteContext, new: NewMemory, memory_id: str | None = None) -> Memory:
-    """Insert one memory with its parent, session and user resolved; raises MemoryNotFound, SessionNotFound."""
+    """Insert one memory with its parent, session and user resolved.
+
+    Raises MemoryNotFound, SessionNotFound, QuotaExceeded.
+    """
     if new.expires_at is not None and new.expires_at <= context.now_s:
         raise InvalidField("expires_at", "expires_at has passed: nobody could read this memory")
+    if context.quota is not None:
+        size = usage.size_of(new.content, new.metadata, new.tags)
+        usage.check(context.db, context.quota, context.owner, memories=1, size=size)
     memory = _fresh(context, new, memory_id or new_memory_id())
     memory = msgspec.structs.replace(memory, due_at=due_at(context, memory))
     row_id = context.db.execute(rows.INSERT, rows.row_from_memory(memory)).fetchone()[0]
@@ -131,6 +141,7 @@ def _fresh(context: WriteContext, new: NewMemory, memory_id: str) -> Memory:
         created_by=new.created_by,
         version=1,
         state="active",
+        owner=context.owner,
     )
 
 
@@ -178,7 +189,7 @@ def due_at(context: WriteContext, memory: Memory) -> float | None:
 def update(context: WriteContext, change: Update) -> Reply:
     """Apply an update and keep the version it replaces.
 
-    Raises MemoryNotFound, VersionConflict (with the current record), Cycle, InvalidField.
+    Raises MemoryNotFound, VersionConflict (with the current record), Cycle, InvalidField, QuotaExceeded.
     """
     old = rows.fetch(context.db, context.namespace, change.memory_id, context.now_s)
     if change.expected_version is not None and change.expected_version != old.version:
@@ -188,6 +199,8 @@ def update(context: WriteContext, change: Update) -> Reply:
             current=context.view.record(old, context.now_s),
         )
     memory = _changed(context, old, change)
+    if context.quota is not None:
+        _check_growth(context, old, memory)
     keep_history(context, old, change.updated_by)
     _write(context, memory)
     context.log_change(memory.row_id, "put")
@@ -201,6 +214,19 @@ def update(context: WriteContext, change: Update) -> Reply:
         "version": memory.version,
         "memory": context.view.record(memory, context.now_s),
     }
+
+
+def _check_growth(context: WriteContext, old: Memory, memory: Memory) -> None:
+    """An update keeps the version before, so that a shorter text may need more room too. Raises QuotaExceeded."""
+    before, after = (usage.size_of(each.content, each.metadata, each.tags) for each in (old, memory))
+    kept = len(rows.to_json(context.view.record(old, context.now_s)).encode())
+    try:
+        usage.check(context.db, context.quota, old.owner, memories=0, size=after - before + kept)
+    except QuotaExceeded:
+        if old.owner == context.owner:
+            raise
+        # How much another keeps, in whatever namespaces, is nobody else's business.
+        raise QuotaExceeded("the quota of the caller who added this memory is used up", quota="bytes") from None
 
 
 def _changed(context: WriteContext, old: Memory, change: Update) -> Memory:

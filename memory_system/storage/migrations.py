@@ -13,6 +13,7 @@ from typing import Final
 
 from memory_system.errors import StorageFailed
 
+APPLICATION_ID: Final = 0x4D454D31
 SCHEMA_FILE: Final = Path(__file__).resolve().parents[2] / "schema.sql"
 
 # STEPS[i] leads from user_version i + 1 to i + 2.
@@ -75,6 +76,15 @@ DROP TABLE memory_terms;
 DROP TABLE memory_fts;
 DROP VIEW searchable_texts;
 DELETE FROM meta WHERE key = 'full_text_rebuild';
+""",
+    # Quotas.
+    """
+ALTER TABLE memories ADD COLUMN owner TEXT NOT NULL DEFAULT '';
+CREATE TABLE usage (
+    owner    TEXT PRIMARY KEY,
+    memories INTEGER NOT NULL,
+    bytes    INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
 """,
 )
 CURRENT_VERSION: Final = len(STEPS) + 1

@@ -13,6 +13,7 @@ import aiosqlite
 
 from memory_system.errors import DeadlineExceeded, ShuttingDown, StorageFailed
 from memory_system.storage.database import connect_reader
+from memory_system.turns import Turns
 
 
 class _Reader:
@@ -34,25 +35,26 @@ class _Reader:
 
 
 class Readers:
-    """`fetch` runs one SELECT to its end on a free connection, for at most `query_s`."""
+    """`fetch` runs one SELECT to its end on a free connection, for at most `query_s`; clients take turns."""
 
     def __init__(self, path: Path, count: int, query_s: float = 5.0) -> None:
         self._path = path
         self._count = count
         self._query_s = query_s
         self._all: list[_Reader] = []
-        self._free: asyncio.LifoQueue[_Reader] = asyncio.LifoQueue()
+        self._free: list[_Reader] = []
+        self._turns = Turns(count)
         self._closed = False
 
     def __repr__(self) -> str:
-        return f"Readers({self._free.qsize()} of {len(self._all)} free)"
+        return f"Readers({len(self._free)} of {len(self._all)} free)"
 
     async def start(self) -> None:
         for _ in range(self._count):
             reader = _Reader(self._path)
             await reader.connection
             self._all.append(reader)
-            self._free.put_nowait(reader)
+            self._free.append(reader)
 
     async def fetch(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """All rows of one query.
@@ -60,13 +62,14 @@ class Readers:
         Raises DeadlineExceeded when it takes too long, ShuttingDown once closed, StorageFailed when the database cannot
         be read.
         """
-        reader = await self._free.get()
-        try:
+        async with self._turns:
             if self._closed:
                 raise ShuttingDown("the service is stopping; try again in a moment", retry_after_ms=500)
-            return await self._run(reader, sql, parameters)
-        finally:
-            self._free.put_nowait(reader)
+            reader = self._free.pop()
+            try:
+                return await self._run(reader, sql, parameters)
+            finally:
+                self._free.append(reader)
 
     async def _run(self, reader: _Reader, sql: str, parameters: Sequence[Any]) -> list[tuple[Any, ...]]:
         alarm = asyncio.get_running_loop().call_later(self._query_s, reader.interrupt)

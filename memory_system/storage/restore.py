@@ -21,7 +21,7 @@ from typing import Final
 
 from memory_system.digest import content_digest
 from memory_system.errors import StorageFailed
-from memory_system.storage import backup, migrations
+from memory_system.storage import backup, inspection, mark, migrations
 from memory_system.storage.backup import Contents
 from memory_system.storage.database import APPLICATION_ID, StoreLock
 
@@ -89,6 +89,7 @@ def _restore(source: Path, store: Path, now_s: float, say: Say) -> Restored:
     kept = _put_aside(store, now_s, say)
     backup.publish(aside, store)
     shutil.rmtree(f"{store}.index", ignore_errors=True)
+    mark.remove(store)  # of the replaced store: it says nothing of this one
     return Restored(found, kept)
 
 
@@ -140,7 +141,8 @@ def _sequences(store: Path) -> dict[str, int]:
     if not store.exists():
         return {}
     with contextlib.suppress(sqlite3.Error), backup.reading(store) as db:
-        return backup.contents(db).commit_seqs
+        lost = inspection.missing(mark.read(store), mark.state_of(db))
+        return {name: seq + lost for name, seq in backup.contents(db).commit_seqs.items()}
     return {}
 
 

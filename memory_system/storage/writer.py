@@ -24,7 +24,10 @@ from memory_system.settings import StorageSettings
 from memory_system.storage.context import Changes, Reply, WriteContext
 from memory_system.storage.database import BUSY_TIMEOUT_MS
 from memory_system.storage.group import SYNC_ERRORS, Group, GroupRunner, Outcome, error_name, restarting
-from memory_system.storage.jobs import Identity, Lanes, WriteJob
+from memory_system.storage.jobs import Identity, WriteJob
+from memory_system.storage.mark import Unmarked
+from memory_system.storage.usage import Quota
+from memory_system.turns import Lanes
 
 log = get_logger("storage.writer")
 
@@ -43,14 +46,17 @@ class Writer:
         on_commit: Callable[[Changes], None],
         on_fatal: Callable[[Exception], None],
         clock: Callable[[], float] = time.time,
+        mark: Unmarked | None = None,
+        quota: Quota | None = None,
     ) -> None:
         self._db = db
+        self._mark = mark or Unmarked()
         self._on_commit = on_commit
         self._on_fatal = on_fatal
         self._clock = clock
         self._queue: queue.SimpleQueue[WriteJob | None] = queue.SimpleQueue()
-        self._waiting = Lanes()
-        self._runner = GroupRunner(db, settings, lifecycle, clock)
+        self._waiting: Lanes[WriteJob] = Lanes()
+        self._runner = GroupRunner(db, settings, lifecycle, clock, quota)
         self._committed = self._runner.sequences  # as the event loop and the callers know them
         self._under_way: set[Identity | None] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -126,18 +132,25 @@ class Writer:
                     self._waiting.add(job)
                 if not self._take_waiting():
                     self._queue.put(None)
-                self._deliver(self._runner.run(self._waiting))
+                self._run_group()
                 self._checkpoint_for_callers()
             except Exception as error:  # noqa: BLE001  a writer that dies silently would hang every caller
                 self._fail(error)
                 break
         self._finish()
 
+    def _run_group(self) -> None:
+        group = self._runner.run(self._waiting)
+        self._mark.advance(group.counted, group.logged)
+        self._deliver(group)
+        self._mark.sync_when_due()
+
     def _next_or_checkpoint(self) -> WriteJob | None:
         try:
             return self._queue.get(timeout=_CHECKPOINT_IDLE_S)
         except queue.Empty:
             _checkpoint(self._db, "PASSIVE")
+            self._mark.sync()
             return self._queue.get()
 
     def _take_waiting(self) -> bool:
@@ -214,6 +227,7 @@ class Writer:
             log.error("checkpoint_failed", error=error_name(error), exc_info=error)
         finally:
             self._db.close()
+            self._mark.close()
 
 
 def _checkpoint(db: sqlite3.Connection, mode: str) -> tuple[int, int, int]:

@@ -78,7 +78,7 @@ def run_under_fire(tmp_path: Path, *, kills: int, cuts: int, idempotency: bool, 
         running_orchestrator(tmp_path, storage__idempotency=idempotency, storage__synchronous="full") as orchestrator,
         LossyProxy(orchestrator.port) as proxy,
     ):
-        with crash.writing_clients(proxy.endpoint, tmp_path, seed, CLIENTS) as workers:
+        with crash.writing_clients(proxy.endpoint, tmp_path, seed, CLIENTS, reading=idempotency) as workers:
             for fault in faults:
                 time.sleep(chance.uniform(*LIFE_S))
                 if fault == "kill":

@@ -16,6 +16,7 @@ import pytest
 from memory_system import protocol
 from memory_system.errors import StorageFull
 from memory_system.protocol import ADMIN_ACTIONS
+from memory_system.router import Sender
 from memory_system.service.run import Run
 from memory_system.service.runs import Asker
 from memory_system.storage import runs as stored_runs
@@ -31,7 +32,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
 async def from_address(service: Service, action: str, address: str) -> Reply:
     answered: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
     body = encode(envelope(action, REQUESTS.get(action, {})), service.encoding)
-    service.runtime.dispatcher.handle(body, answered.set_result, b"peer", address)
+    service.runtime.dispatcher.handle(body, answered.set_result, b"peer", Sender(address, None))
     return decode(await answered, service.encoding)
 
 

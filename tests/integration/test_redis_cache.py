@@ -43,7 +43,11 @@ def new_caches(server: ValkeyServer, **changes: Any) -> Caches:
 
 
 def vector(digest: bytes, dimension: int = DIMENSION) -> np.ndarray[Any, np.dtype[np.float32]]:
-    return np.random.default_rng(digest[0]).random(dimension, dtype=np.float32)
+    return unit(np.random.default_rng(digest[0]).random(dimension, dtype=np.float32))
+
+
+def unit(values: np.ndarray[Any, np.dtype[np.float32]]) -> np.ndarray[Any, np.dtype[np.float32]]:
+    return values / np.linalg.norm(values)
 
 
 def vectors(digests: list[bytes]) -> dict[bytes, Any]:
@@ -120,7 +124,7 @@ def test_what_one_process_stored_the_next_one_finds(server: ValkeyServer, kind: 
 
 def test_more_vectors_than_one_batch_arrive_whole(server: ValkeyServer) -> None:
     digests = [number.to_bytes(16, "big") for number in range(600)]
-    values = {digest: np.full(DIMENSION, number, dtype=np.float32) for number, digest in enumerate(digests)}
+    values = {digest: value_of(digest) for digest in digests}
 
     async def scenario() -> None:
         async with new_caches(server, timeout_ms=2000) as first:
@@ -129,7 +133,7 @@ def test_more_vectors_than_one_batch_arrive_whole(server: ValkeyServer) -> None:
             assert first.writer.stats().values_dropped == 0
         async with new_caches(server, timeout_ms=2000) as second:
             found = await second.vectors.get_many(MODEL, digests)
-            assert [int(found[digest][0]) for digest in digests] == list(range(600))
+            assert all(np.array_equal(found[digest], values[digest]) for digest in digests)
 
     run(scenario)
 
@@ -485,7 +489,7 @@ FAULT_DIGESTS = [number.to_bytes(16, "big") for number in range(1, 200)]
 
 
 def value_of(digest: bytes) -> Any:
-    return np.full(DIMENSION, int.from_bytes(digest, "big"), dtype=np.float32)
+    return unit(np.random.default_rng(int.from_bytes(digest, "big")).random(DIMENSION, dtype=np.float32))
 
 
 async def checking_caller(caches: Caches, rng: random.Random, stop: asyncio.Event) -> int:

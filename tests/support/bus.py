@@ -12,6 +12,7 @@ from typing import Any
 import zmq
 
 from memory_system.events import ERROR_TOPIC, HEALTH_TOPIC, HEARTBEAT_TOPIC, decode_message
+from memory_system.keys import KeyFile, apply_client
 
 TOPICS = (ERROR_TOPIC, HEALTH_TOPIC, HEARTBEAT_TOPIC)
 
@@ -38,8 +39,10 @@ class Subscriber:
     `began_s` is when it asked to be connected. `pause` and `resume` make it a subscriber that does not read.
     """
 
-    def __init__(self, address: str, prefixes: Sequence[str] = TOPICS, **options: int) -> None:
-        self._address, self._prefixes, self._options = address, prefixes, options
+    def __init__(
+        self, address: str, prefixes: Sequence[str] = TOPICS, key: KeyFile | None = None, **options: int
+    ) -> None:
+        self._address, self._prefixes, self._options, self._key = address, prefixes, options, key
         self._messages: list[Message] = []
         self._arrived = threading.Condition()
         self._ending, self._reading = threading.Event(), threading.Event()
@@ -108,6 +111,7 @@ class Subscriber:
                 sock.setsockopt(getattr(zmq, name), value)
             for prefix in self._prefixes:
                 sock.subscribe(prefix)
+            apply_client(sock, self._key)
             sock.connect(self._address)
             while not self._ending.is_set():
                 self._reading.wait()

@@ -1,7 +1,8 @@
-"""Writing clients whose service is killed under them, and a checker of what is left.
+"""Clients whose service is killed under them, and a checker of what is left.
 
 Each worker writes to its own memories, one call after another, and notes each call's outcome in a journal: ok (it was
-acknowledged), failed (the service refused it) or unknown (no answer came in time). The checker knows the service's
+acknowledged), failed (the service refused it) or unknown (no answer came in time). In between it reads what it wrote,
+which has to be what was acknowledged. The checker knows the service's
 schema and nothing else of it: it opens the database by itself and compares it with the journals.
 """
 
@@ -16,7 +17,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from memory_client import MemoryClient
 Outcome = str  # ok | failed | unknown
 
 NAMESPACE = "crash"
-KINDS = ("add", "add", "add", "update", "batch", "delete", "relate", "reinforce")
+KINDS = ("add", "add", "child", "update", "batch", "delete", "relate", "reinforce")
+READS = 0.2  # before how many of the writes there is a read
 BATCH = 3
 
 
@@ -39,6 +41,7 @@ class Entry:
     memory_ids: list[str] = field(default_factory=list)
     commit_seq: int | None = None
     code: str | None = None
+    at_s: float = 0.0  # of the monotonic clock, when the client was told
 
 
 class Journal:
@@ -58,9 +61,12 @@ class Journal:
 
 
 class Worker(threading.Thread):
-    """A client that writes until told to stop. Memories of a call without an answer are not touched again."""
+    """A client that writes until told to stop. Memories of a call without an answer are not touched again. `reading`:
+    it also reads what it wrote; where calls are done twice on purpose, that is not what it was told."""
 
-    def __init__(self, number: int, endpoint: str, folder: Path, seed: int, stop: threading.Event) -> None:
+    def __init__(
+        self, number: int, endpoint: str, folder: Path, seed: int, stop: threading.Event, *, reading: bool = True
+    ) -> None:
         super().__init__(name=f"client-{number}")
         self.journal = Journal(folder / f"journal-{number}.jsonl")
         self.error: BaseException | None = None
@@ -68,8 +74,10 @@ class Worker(threading.Thread):
         self._endpoint = endpoint
         self._random = random.Random(f"{seed}-{number}")
         self._stop_event = stop
+        self._reading = reading
         self._made = 0
         self._versions: dict[str, int] = {}
+        self._texts: dict[str, str] = {}
 
     def run(self) -> None:
         agent_id = f"client-{self._number}"
@@ -89,12 +97,27 @@ class Worker(threading.Thread):
         kind = self._random.choice(KINDS)
         if len(self._versions) < 2:
             kind = "add"
+        elif self._reading and self._random.random() < READS:
+            self._read(client)
         getattr(self, f"_do_{kind}")(client)
+
+    def _read(self, client: MemoryClient) -> None:
+        """What was acknowledged is what is read, at any time; no answer is no answer."""
+        memory_id = self._own()
+        reply = client.get_memory(memory_id, touch=False)
+        if reply["status"] == "error":
+            assert reply["error_code"] != "memory_not_found", f"{memory_id} was acknowledged and is not there"
+        else:
+            memory = reply["memory"]
+            assert memory["version"] == self._versions[memory_id], memory
+            assert memory["content"] == self._texts[memory_id], memory
+        client.search_memory(self._texts[memory_id].split()[1])
 
     def _note(self, reply: dict[str, Any], kind: str, texts: list[str], memory_ids: list[str]) -> bool:
         ok = reply["status"] == "success"
         outcome = "ok" if ok else str(reply["outcome"]).replace("not_sent", "failed")
-        self.journal.note(Entry(kind, outcome, texts, memory_ids, reply.get("commit_seq"), reply.get("error_code")))
+        told = (reply.get("commit_seq"), reply.get("error_code"), time.monotonic())
+        self.journal.note(Entry(kind, outcome, texts, memory_ids, *told))
         if outcome == "unknown":
             for memory_id in memory_ids:
                 self._versions.pop(memory_id, None)
@@ -112,24 +135,36 @@ class Worker(threading.Thread):
         reply = client.add_memory(text, tags=["crash"])
         memory_ids = [reply["memory_id"]] if reply["status"] == "success" else []
         if self._note(reply, "add", [text], memory_ids):
-            self._versions[memory_ids[0]] = 1
+            self._keep(memory_ids, [text])
+
+    def _do_child(self, client: MemoryClient) -> None:
+        text = self._text()
+        reply = client.add_memory(text, parent_id=self._own())
+        memory_ids = [reply["memory_id"]] if reply["status"] == "success" else []
+        if self._note(reply, "child", [text], memory_ids):
+            self._keep(memory_ids, [text])
+
+    def _keep(self, memory_ids: list[str], texts: list[str]) -> None:
+        self._versions |= dict.fromkeys(memory_ids, 1)
+        self._texts |= dict(zip(memory_ids, texts, strict=True))
 
     def _do_batch(self, client: MemoryClient) -> None:
         texts = [self._text() for _ in range(BATCH)]
         reply = client.batch_add_memories([{"content": text} for text in texts])
         memory_ids = reply.get("memory_ids", [])
         if self._note(reply, "batch", texts, memory_ids):
-            self._versions |= dict.fromkeys(memory_ids, 1)
+            self._keep(memory_ids, texts)
 
     def _do_update(self, client: MemoryClient) -> None:
         memory_id, text = self._own(), self._text()
         reply = client.update_memory(memory_id, {"content": text}, expected_version=self._versions[memory_id])
         if self._note(reply, "update", [text], [memory_id]):
             self._versions[memory_id] += 1
+            self._texts[memory_id] = text
 
     def _do_delete(self, client: MemoryClient) -> None:
         memory_id = self._own()
-        if self._note(client.delete_memory(memory_id), "delete", [], [memory_id]):
+        if self._note(client.delete_memory(memory_id, cascade=False), "delete", [], [memory_id]):
             del self._versions[memory_id]
 
     def _do_relate(self, client: MemoryClient) -> None:
@@ -142,10 +177,13 @@ class Worker(threading.Thread):
 
 
 @contextlib.contextmanager
-def writing_clients(endpoint: str, folder: Path, seed: int, count: int = 8) -> Iterator[list[Worker]]:
-    """Clients that write while the block runs; at its end each finishes the call it is in."""
+def writing_clients(
+    endpoint: str, folder: Path, seed: int, count: int = 8, *, first: int = 0, reading: bool = True
+) -> Iterator[list[Worker]]:
+    """Clients, numbered from `first`, that write while the block runs; at its end each finishes the call it is in."""
     stop = threading.Event()
-    workers = [Worker(number, endpoint, folder, seed, stop) for number in range(count)]
+    numbers = range(first, first + count)
+    workers = [Worker(number, endpoint, folder, seed, stop, reading=reading) for number in numbers]
     for worker in workers:
         worker.start()
     try:
@@ -155,6 +193,15 @@ def writing_clients(endpoint: str, folder: Path, seed: int, count: int = 8) -> I
         for worker in workers:
             worker.join(60)
     assert [worker.error for worker in workers if worker.error is not None or worker.is_alive()] == []
+
+
+def written_more(workers: list[Worker], calls: int, timeout_s: float = 30.0) -> None:
+    """Wait until each client got so many answers more."""
+    targets = [len(worker.journal.entries) + calls for worker in workers]
+    deadline_s = time.monotonic() + timeout_s
+    while any(len(worker.journal.entries) < target for worker, target in zip(workers, targets, strict=True)):
+        assert time.monotonic() < deadline_s, "the clients do not get on"
+        time.sleep(0.01)
 
 
 # -- the checker ----------------------------------------------------------------------------------------------------
@@ -182,6 +229,12 @@ def check(database: Path, journals: list[list[Entry]]) -> Findings:
             _check_counts(findings, state, entries)
         _check_sequence(findings, state, [entry for entries in journals for entry in entries])
     return findings
+
+
+def until(entries: list[Entry], at_s: float) -> list[Entry]:
+    """A journal as it would be had everything ended at that time: the call then under way has no answer."""
+    told = [entry for entry in entries if entry.at_s < at_s]
+    return told + [replace(entry, outcome="unknown") for entry in entries[len(told) : len(told) + 1]]
 
 
 def damage(db: sqlite3.Connection) -> list[str]:
@@ -247,7 +300,7 @@ def _check_texts(findings: Findings, state: _Stored, entries: list[Entry]) -> No
         elif entry.outcome == "failed":
             findings.refused.append(f"{entry.kind} {entry.memory_ids} {entry.code}")
             findings.undone += [text for text in entry.texts if state.times[text]]
-        elif entry.kind in ("add", "batch", "update"):
+        elif entry.kind in ("add", "child", "batch", "update"):
             text_of |= dict(zip(entry.memory_ids, entry.texts, strict=True))
         elif entry.kind == "delete":
             text_of[entry.memory_ids[0]] = None

@@ -24,14 +24,26 @@ from tests.support.wire import Reply, encode, envelope
 
 DAY_S = 86_400.0
 
-# Python runs this module at its start, before the program: from then on `time.time` follows the test.
+# Python runs this module at its start, before the program: from then on `time.time` and `datetime.now` follow the test.
 _SITE = """
-import mmap, os, struct, time
+import datetime, mmap, os, struct, time
 
 with open(os.environ["TEST_CLOCK"], "rb") as _file:
     _ahead = mmap.mmap(_file.fileno(), 8, access=mmap.ACCESS_READ)
 _time = time.time
 time.time = lambda: _time() + struct.unpack("d", _ahead)[0]
+_datetime = datetime.datetime
+
+class _Kind(type):
+    def __instancecheck__(self, value):
+        return isinstance(value, _datetime)
+
+class datetime_of_test(_datetime, metaclass=_Kind):
+    @classmethod
+    def now(cls, tz=None):
+        return _datetime.fromtimestamp(time.time(), tz)
+
+datetime.datetime = datetime_of_test
 """
 
 

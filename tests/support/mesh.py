@@ -5,6 +5,9 @@ with running_mesh(tmp_path) as mesh, mesh.subscriber() as bus:
     killed_s = mesh.kill9("orchestrator")
     bus.wait("HEALTH:", 3.0, component="orchestrator", state="down", after_s=killed_s)
 
+`running_mesh(tmp_path, keys=True)` makes keys first: then everything here shows that of the operator, unless told
+otherwise, and `mesh.make_key("planner", "writer", "home")` is the key of an agent.
+
 `running_mesh(tmp_path, supervised=False)` runs the programs as processes of the test, so that a killed one stays
 dead until the test starts it again.
 """
@@ -27,8 +30,10 @@ from supervision import RunDir
 
 from memory_system.error_bus import ErrorReporter
 from memory_system.events import ERROR_TOPIC
+from memory_system.keys import KeyFile, apply_client
 from memory_system.scheduler_settings import JobsSettings
 from tests.support.bus import TOPICS, Row, Subscriber
+from tests.support.keyring import KeyRing
 from tests.support.process import PROJECT, free_port, wait_until
 from tests.support.wire import environment
 
@@ -65,12 +70,14 @@ def tell(text: str) -> None:
 class Mesh:
     """One deployment in a folder of its own. `supervised` or not, processes are found by their MEMORY_RUN_DIR."""
 
-    def __init__(self, folder: Path, *, supervised: bool, overrides: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, *, supervised: bool, keys: bool, overrides: dict[str, Any]) -> None:
         self.folder = folder
         self.supervised = supervised
         ports = {name: int(overrides.get(name, free_port())) for name in PORTS}
         self.endpoints = {PORTS[name]: f"tcp://127.0.0.1:{port}" for name, port in ports.items()}
         self.run_folder = folder / "run"
+        self._ring = KeyRing(folder / "keys") if keys else None
+        self.key = None if self._ring is None else self.make_key("operator", "admin", "*")
         bus = {"error_bus__enabled": True, "error_bus__history_path": folder / "health.db"}
         # A test of maintenance switches on the jobs that it wants.
         quiet = {f"scheduler__jobs__{job}__enabled": False for job in JOBS}
@@ -156,15 +163,32 @@ class Mesh:
     def sigcont(self, program: str) -> float:
         return self.send_signal(program, signal.SIGCONT)
 
+    # -- keys -----------------------------------------------------------------------------------------------------
+
+    @property
+    def ring(self) -> KeyRing:
+        assert self._ring is not None, "this mesh has no keys"
+        return self._ring
+
+    def make_key(self, name: str, role: str, *namespaces: str, act_for: Sequence[str] = ()) -> KeyFile:
+        """A new key with this grant; the running programs know it at once."""
+        self.ring.add(name, roles=[role], namespaces=namespaces, act_for=act_for)
+        return self.ring.keys[name]
+
     # -- questions ----------------------------------------------------------------------------------------------
 
     def ask(self, program: str, action: str, /, *, timeout_s: float = 10.0, **data: Any) -> Reply:
         """One request over a REQ socket of its own, as JSON. Raises TimeoutError."""
         return self.ask_raw(program, {"v": 1, "action": action, "data": data}, timeout_s=timeout_s)
 
-    def ask_raw(self, program: str, request: Any, *, timeout_s: float = 10.0) -> Reply:
+    def ask_as(self, key: KeyFile, program: str, action: str, /, around: Reply | None = None, **data: Any) -> Reply:
+        """The same with another key; `around` stands beside the data."""
+        return self.ask_raw(program, {"v": 1, "action": action, "data": data, **(around or {})}, key=key)
+
+    def ask_raw(self, program: str, request: Any, *, timeout_s: float = 10.0, key: KeyFile | None = None) -> Reply:
         with self._context.socket(zmq.REQ) as sock:
             sock.linger = 0
+            apply_client(sock, key or self.key)
             sock.connect(self.endpoints[program])
             sock.send(json.dumps(request).encode())
             if not sock.poll(int(timeout_s * 1000)):
@@ -226,21 +250,22 @@ class Mesh:
 
     def subscriber(self, prefixes: Sequence[str] = TOPICS, **options: int) -> Subscriber:
         """A subscriber that is connected: it has the last value of a topic that has one, ERROR: has none."""
-        bus = self._owned.enter_context(Subscriber(self.endpoints["publish"], prefixes, **options))
+        bus = self._owned.enter_context(Subscriber(self.endpoints["publish"], prefixes, self.key, **options))
         if set(prefixes) != {ERROR_TOPIC}:
             wait_until(lambda: bool(bus.messages()), "the subscriber is connected")
         return bus
 
     def reporter(self, agent: str, kind: type[ErrorReporter] = ErrorReporter, **options: Any) -> ErrorReporter:
-        reporter = kind(self.endpoints["report"], agent, **options)
+        reporter = kind(self.endpoints["report"], agent, **{"key": self.key, **options})
         self._owned.callback(reporter.close, 0.0)
         return reporter
 
-    def socket(self, kind: int, endpoint: str, **options: int) -> zmq.Socket[bytes]:
+    def socket(self, kind: int, endpoint: str, key: KeyFile | None = None, **options: int) -> zmq.Socket[bytes]:
         """A socket connected to one of the endpoints."""
         sock: zmq.Socket[bytes] = self._owned.enter_context(self._context.socket(kind))
         for name, value in {"LINGER": 0, **options}.items():
             sock.setsockopt(getattr(zmq, name), value)
+        apply_client(sock, key or self.key)
         sock.connect(self.endpoints[endpoint])
         return sock
 
@@ -289,9 +314,11 @@ class Mesh:
 
 
 @contextlib.contextmanager
-def running_mesh(tmp_path: Path, supervised: bool = True, *, start: bool = True, **overrides: Any) -> Iterator[Mesh]:
+def running_mesh(
+    tmp_path: Path, supervised: bool = True, *, start: bool = True, keys: bool = False, **overrides: Any
+) -> Iterator[Mesh]:
     """The programs on free ports, gone at the end; settings are given as section__key=value."""
-    mesh = Mesh(tmp_path, supervised=supervised, overrides=overrides)
+    mesh = Mesh(tmp_path, supervised=supervised, keys=keys, overrides=overrides)
     try:
         if start:
             mesh.start()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -91,8 +92,10 @@ class Orchestrator:
         self.environ = environ
         self.address = f"tcp://127.0.0.1:{port}"
         self.database = Path(environ["MEMORY__STORAGE__PATH"])
+        self.command = [sys.executable, str(PROJECT / "orchestrator.py")]  # a test may have it started otherwise
         self.context: zmq.Context[Any] = zmq.Context()
         self.process: subprocess.Popen[str] | None = None
+        self.files: int | None = None  # how many it may open, if that is not what this process may
 
     def __repr__(self) -> str:
         return f"Orchestrator({self.address}, pid {self.pid if self.process else None})"
@@ -110,13 +113,18 @@ class Orchestrator:
         """One more process with this configuration; the caller waits for it."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith("MEMORY_")}
         return subprocess.Popen(
-            [sys.executable, str(PROJECT / "orchestrator.py")],
+            self.command,
             env={**kept, "MEMORY_CONFIG": os.devnull, **self.environ},
             cwd=self.folder,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=None if self.files is None else self._limit_files,
         )
+
+    def _limit_files(self) -> None:
+        assert self.files is not None
+        resource.setrlimit(resource.RLIMIT_NOFILE, (self.files, self.files))
 
     def start(self, *, wait: bool = True) -> None:
         self.process = self.launch()

@@ -80,6 +80,7 @@ def environment(tmp_path: Path, overrides: dict[str, Any]) -> dict[str, str]:
         "storage__synchronous": "normal",
         "log__dir": tmp_path / "logs",
         "embedding__provider": "stub",
+        "security__keys_dir": tmp_path / "keys",  # of no deployment that this checkout may have
         "error_bus__enabled": False,  # a test that wants the bus says where it is
         **overrides,
     }

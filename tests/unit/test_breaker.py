@@ -53,6 +53,22 @@ def test_after_the_timeout_exactly_one_probe_goes() -> None:
     assert breaker.retry_after_s(100.0 + RESET_S) == RESET_S
 
 
+def test_a_peer_that_is_back_is_probed_at_once_and_by_one() -> None:
+    breaker = opened(100.0)
+    breaker.peer_is_back()
+    assert breaker.state == "open"
+    assert breaker.retry_after_s(100.5) == 0.0
+    assert breaker.allow(100.5)
+    assert not breaker.allow(100.5)
+    breaker.peer_is_back()  # the probe is out already
+    assert not breaker.allow(100.5)
+    breaker.failure(101.0)
+    assert not breaker.allow(101.0 + RESET_S - 0.001)
+    breaker.reset()
+    breaker.peer_is_back()
+    assert breaker.state == "closed"
+
+
 def test_the_probe_decides() -> None:
     breaker = opened()
     assert breaker.allow(RESET_S)

@@ -23,14 +23,15 @@ LAYERS = (
         "consolidation_settings",
         "health_settings",
         "lifecycle_settings",
+        "limits_settings",
         "maintenance_settings",
         "ranking_settings",
         "scheduler_settings",
         "settings",
         "utterance_settings",
     ),
-    ("carriers", "deployment", "log", "digest", "events", ""),
-    ("process_figures", "traffic", "protocol"),
+    ("carriers", "deployment", "log", "digest", "events", "keys", ""),
+    ("process_figures", "traffic", "turns", "protocol", "grants", "rates", "audit"),
     ("outbox", "bus_sender", "error_bus", "heartbeat", "bus_log", "bus_link", "bus_progress", "bus_reader"),
     (
         "breaker",
@@ -44,8 +45,19 @@ LAYERS = (
         "client_api",
         "memory_client",
     ),
-    ("security", "router", "request_server", "envelope", "fields", "actions"),
-    ("program", "reporting", "metrics", "metrics_server"),
+    (
+        "connections",
+        "connection_guard",
+        "security",
+        "router",
+        "request_server",
+        "envelope",
+        "fields",
+        "handlers",
+        "permits",
+        "actions",
+    ),
+    ("program", "reporting", "metrics", "metrics_server", "metrics_start"),
     ("agents",),
     ("scheduling", "memory_scheduler"),
     (
@@ -206,6 +218,6 @@ def test_agents_need_nothing_of_the_service() -> None:
 def test_the_client_layer_imports_only_the_wire() -> None:
     for module, path in MODULES.items():
         if RANK[part_of(module)] == RANK["memory_client"]:
-            allowed = {"protocol", "breaker", "errors", "log", "error_bus", ""}
+            allowed = {"protocol", "breaker", "errors", "log", "error_bus", "keys", ""}
             others = {part_of(name) for name in imports(path)} - allowed
             assert all(name.startswith("client_") for name in others), f"{module} imports {others}"

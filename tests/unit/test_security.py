@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
 import pytest
 
+from memory_system import keys
 from memory_system.errors import AccessDenied, ConfigError
 from memory_system.security import PeerPolicy, check_bind, is_admin, is_loopback, policy_for
 from memory_system.settings import NetworkSettings, SecuritySettings
@@ -30,6 +35,36 @@ def test_addresses_that_others_reach_need_to_say_who_comes(host: str) -> None:
     with pytest.raises(ConfigError, match="insecure_peers"):
         check_bind(network, SecuritySettings(allow_insecure=True))
     check_bind(network, OPEN)
+
+
+def with_keys(folder: Path, **settings: Any) -> SecuritySettings:
+    """Of a host whose service has a key."""
+    keys.write_private(folder / keys.SERVICE_KEY_FILE, keys.key_text(keys.new_key(keys.SERVICE), "a test's"))
+    return SecuritySettings(keys_dir=str(folder), **settings)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "192.168.1.5"])
+def test_with_keys_it_may_listen_anywhere(tmp_path: Path, host: str) -> None:
+    check_bind(NetworkSettings(bind=host), with_keys(tmp_path))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_keys_and_plaintext_callers_exclude_each_other(tmp_path: Path, host: str) -> None:
+    plaintext = {"allow_insecure": True, "insecure_peers": ("10.0.0.0/8",)}
+    with pytest.raises(ConfigError, match="allow_insecure lets plaintext callers in"):
+        check_bind(NetworkSettings(bind=host), with_keys(tmp_path, **plaintext))
+    check_bind(NetworkSettings(bind=host), replace(OPEN, keys_dir=str(tmp_path), curve="off"))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_keys_that_are_wanted_have_to_be_there(tmp_path: Path, host: str) -> None:
+    with pytest.raises(ConfigError, match=r"service\.key does not exist; make it: make keys"):
+        check_bind(NetworkSettings(bind=host), SecuritySettings(keys_dir=str(tmp_path), curve="on"))
+
+
+def test_keys_that_are_not_wanted_do_not_open_the_port(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"network\.bind"):
+        check_bind(NetworkSettings(bind="0.0.0.0"), with_keys(tmp_path, curve="off"))
 
 
 @pytest.mark.parametrize(

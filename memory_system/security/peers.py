@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Iterable
 
+from memory_system import keys
 from memory_system.errors import AccessDenied, ConfigError
 from memory_system.settings import NetworkSettings, SecuritySettings
 
@@ -23,13 +24,22 @@ def is_loopback(host: str) -> bool:
 
 
 def check_bind(network: NetworkSettings, security: SecuritySettings) -> None:
-    """Raise ConfigError for an address that others can reach, unless plaintext peers are allowed by name."""
+    """Raise ConfigError for an address that others can reach, unless callers need a key, or plaintext ones are allowed
+    by name; and for keys that are missing, or would count for nothing."""
+    if keys.curve_on(security):
+        if security.allow_insecure:
+            raise ConfigError(
+                "security.allow_insecure lets plaintext callers in, and with keys there are none: set it to false, or "
+                "security.curve to off"
+            )
+        return
     if is_loopback(network.bind):
         return
     if not security.allow_insecure:
         raise ConfigError(
-            f"network.bind is {network.bind}, which other hosts can reach, and nothing says who may come in; "
-            "set it to 127.0.0.1, or set security.allow_insecure: true with security.insecure_peers: [CIDR, ...]"
+            f"network.bind is {network.bind}, which other hosts can reach, and nothing says who may come in; make keys "
+            "(make keys), or set it to 127.0.0.1, or, for callers in plaintext, set security.allow_insecure: true with "
+            "security.insecure_peers: [CIDR, ...]"
         )
     if not security.insecure_peers:
         raise ConfigError(

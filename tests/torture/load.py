@@ -1,0 +1,65 @@
+"""Point 6: ten thousand connected clients, and a mixed load with faults for as long as there is time."""
+
+from __future__ import annotations
+
+import time
+
+from tests.support.crowd import crowd
+from tests.support.footprint import footprint
+from tests.support.process import running_orchestrator
+from tests.support.soak import SLACK, soak
+from tests.torture import Run, torture
+
+CLIENTS = 10_000
+PROCESSES = 4
+ANSWERED_S = 30.0
+EACH_KIB = 40.0
+# A slope of memory means something after this time alone; the project's own figure is for half an hour and more.
+LONG_S = 1_500.0
+SLOPE_MIB_PER_HOUR = 1.0
+WAL_KIB = 64 * 1024
+
+
+@torture("load", "10,000 connected clients", share=0.5)
+def many_clients(run: Run) -> str:
+    with running_orchestrator(run.folder, embedding__provider="off") as orchestrator:
+        before = footprint(orchestrator.pid)
+        began_s = time.monotonic()
+        with crowd(
+            orchestrator.address, clients=CLIENTS, kinds=("sockets",) * PROCESSES, ready_s=240.0, period_s=10.0
+        ) as members:
+            among = footprint(orchestrator.pid)
+            for _ in range(200):
+                assert orchestrator.ask("add_memory", content="among many")["status"] == "success"
+    connected_s = max(each[0] for each in members.successes) - began_s
+    answered_s = max(each[1] for each in members.successes) - began_s - connected_s
+    assert len(members.successes) == CLIENTS
+    assert answered_s <= ANSWERED_S, answered_s
+    each_kib = (among.resident_kib - before.resident_kib) / CLIENTS
+    assert each_kib <= EACH_KIB, each_kib
+    return (
+        f"all connected after {connected_s:.1f} s; then all asked at once and were answered within {answered_s:.1f} s; "
+        f"{among}; {each_kib:.1f} KiB a connection; "
+        "200 writes of another client among them succeeded"
+    )
+
+
+@torture("load", "soak: mixed load with faults", share=4.0)
+def long_soak(run: Run) -> str:
+    lasts_s = max(40.0, run.budget_s * 0.8)
+    seen = soak(
+        run.folder,
+        run.seed,
+        warm_up_s=max(15.0, run.budget_s * 0.2),
+        lasts_s=lasts_s,
+        every_s=max(0.5, lasts_s / 600),
+        quiet_s=20.0,
+    )
+    run.say(str(seen))
+    assert seen.outcomes["success"] > 20 * (seen.outcomes.total() - seen.outcomes["success"]), seen.outcomes
+    for of in (lambda each: each.held.files, lambda each: each.held.threads):
+        assert seen.typical(of, late=True) <= seen.typical(of, late=False) + SLACK, seen
+    assert max(each.wal_kib for each in seen.samples) <= WAL_KIB, seen
+    if lasts_s >= LONG_S:
+        assert seen.slope_mib_per_hour < SLOPE_MIB_PER_HOUR, seen
+    return str(seen)
