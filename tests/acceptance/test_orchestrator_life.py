@@ -20,6 +20,7 @@ import zmq
 
 from memory_system.errors import Busy, MemorySystemError, ShuttingDown
 from memory_system.request_server import Admission, Load
+from memory_system.router import Sender
 from memory_system.settings import NetworkSettings, SecuritySettings, Settings
 from orchestrator import Orchestrator as Service
 from tests.support.process import Orchestrator, free_port, running_orchestrator, wait_until
@@ -218,8 +219,8 @@ def test_peers_that_are_not_named_are_refused_in_words() -> None:
     """The decision alone: the tests send nothing to other addresses than loopback."""
 
     class Outcomes(list[str | None]):
-        def handle(self, body: bytes, reply: object, peer: bytes, address: str) -> None:
-            self.append(address)
+        def handle(self, body: bytes, reply: object, peer: bytes, sender: Sender) -> None:
+            self.append(sender.address)
 
         def refuse(self, body: bytes, error: MemorySystemError) -> bytes:
             self.append(error.message)
@@ -231,7 +232,7 @@ def test_peers_that_are_not_named_are_refused_in_words() -> None:
         outcomes = service.server._answerer = Outcomes()
         try:
             for address in ("127.0.0.1", "198.51.100.7", "203.0.113.9"):
-                service.server.router._deliver([b"peer", b"", b"body"], address)
+                service.server.router._deliver([b"peer", b"", b"body"], Sender(address, None))
             return outcomes
         finally:
             service.server.close()

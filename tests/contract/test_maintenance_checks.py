@@ -149,15 +149,18 @@ def test_damaged_pages_are_found(tmp_path: Path) -> None:
 
     async def check() -> dict[str, Any]:
         async with running_service(tmp_path, embedding__provider="off") as service:
+            damage()  # a start would have refused
             return await service.ok("run_integrity_check")
+
+    def damage() -> None:
+        with path.open("r+b") as file:
+            file.seek((page - 1) * size)
+            file.write(b"\xff" * size)
 
     path = asyncio.run(make())
     with contextlib.closing(sqlite3.connect(path)) as db:
         size = db.execute("PRAGMA page_size").fetchone()[0]
         page = db.execute("SELECT rootpage FROM sqlite_master WHERE name = 'memory_history'").fetchone()[0]
-    with path.open("r+b") as file:
-        file.seek((page - 1) * size)
-        file.write(b"\xff" * size)
     reply = asyncio.run(check())
     assert reply["ok"] is False
     assert reply["counts"]["problems_pages"] >= 1
