@@ -21,6 +21,7 @@ import zmq
 from memory_system.errors import Busy, MemorySystemError, ShuttingDown
 from memory_system.request_server import Admission, Load
 from memory_system.router import Sender
+from memory_system.security.guard import Guard
 from memory_system.settings import NetworkSettings, SecuritySettings, Settings
 from orchestrator import Orchestrator as Service
 from tests.support.process import Orchestrator, free_port, running_orchestrator, wait_until
@@ -230,6 +231,7 @@ def test_peers_that_are_not_named_are_refused_in_words() -> None:
         security = SecuritySettings(allow_insecure=True, insecure_peers=("198.51.100.0/24",))
         service = Service(replace(Settings(), network=NetworkSettings(bind="0.0.0.0"), security=security))
         outcomes = service.server._answerer = Outcomes()
+        service.runtime.guard = Guard()
         try:
             for address in ("127.0.0.1", "198.51.100.7", "203.0.113.9"):
                 service.server.router._deliver([b"peer", b"", b"body"], Sender(address, None))

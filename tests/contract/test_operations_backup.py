@@ -25,7 +25,7 @@ async def test_a_backup_is_a_run_and_tells_what_it_holds(service: Service) -> No
     await service.session()
     around = {"request_id": "scheduled-backup-0001", "agent_id": "memory_scheduler"}
     reply = await service.ok("backup", around)
-    assert (reply["job"], reply["dry_run"], reply["schema_version"]) == ("backup", False, 5)
+    assert (reply["job"], reply["dry_run"], reply["schema_version"]) == ("backup", False, 6)
     assert reply["contents"] == {"memories": 1, "sessions": 1, "relationships": 0, "context_groups": 0}
     (made,) = folder(service).iterdir()
     assert (reply["path"], reply["size_bytes"]) == (str(made), made.stat().st_size)
