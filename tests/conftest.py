@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 
 import pytest
 
 # Nobody reports to an error bus that was not asked for.
 os.environ["MEMORY_ERROR_BUS_ADDR"] = ""
+# Hundreds of programs are started. Where the environment forbids to keep byte code, a quarter of each start and most of
+# the collection would go into compiling the same modules again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 # A shell starts what it runs in the background with SIGINT ignored, and children inherit that: Ctrl-C would do nothing.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -1,6 +1,7 @@
 """Mutated requests against a running orchestrator: each gets one reply, and the service is unharmed.
 
-FUZZ_REQUESTS says how many, FUZZ_SEED which (printed at the start; the same seed sends the same bytes).
+FUZZ_REQUESTS says how many (`make fuzz` sends 100,000), FUZZ_SEED which (printed at the start; the same seed sends the
+same bytes).
 """
 
 from __future__ import annotations

@@ -29,8 +29,8 @@ PROJECT = Path(__file__).resolve().parents[2]
 
 # Below the ports that connections are given, and a range for each worker of the test run, so that nobody takes a port
 # between its being found free and its program binding it.
-_PORTS: Final = 7_000
-_FIRST_PORT: Final = 10_000 + _PORTS * (int("0" + os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")) % 3)
+_PORTS: Final = 5_500
+_FIRST_PORT: Final = 10_000 + _PORTS * (int("0" + os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")) % 4)
 _drawn = itertools.count(SystemRandom().randrange(_PORTS))
 
 

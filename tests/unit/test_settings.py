@@ -127,6 +127,7 @@ def test_variables_are_yaml_except_for_text(variable: str, text: str, expected: 
         ("network: {port: !!python/object:os.system {}}\n", ["not valid YAML"]),
         ("\x01", ["not valid YAML"]),
         ("[" * 3000, ["not valid YAML"]),
+        ("? " * 100_000, ["not valid YAML: more than 100 levels"]),
     ],
 )
 def test_refusals_are_one_line_with_place_key_and_what_is_expected(tmp_path: Path, text: str, parts: list[str]) -> None:
