@@ -75,10 +75,10 @@ class Builder:
     async def build(self, question: Question) -> Built:
         found = await self._sources.find(question)
         plain = question.method != "full"
-        scored = score(found.items, self._rules, time.time(), plain=plain)
+        scored = score(found.items, self._rules, time.time(), question.query, plain=plain)
         budget = Budget(question.token_budget, self._writer.heading_cost)
-        diversity = 0.0 if plain else self._rules.diversity
-        choice = choose(scored, budget, question.max_items, diversity, repeats=plain)
+        diversity, brevity = (0.0, 0.0) if plain else (self._rules.diversity, self._rules.brevity)
+        choice = choose(scored, budget, question.max_items, diversity, brevity=brevity, repeats=plain)
         ends = (item.expires_at for item, _ in found.items if item.expires_at is not None)
         return Built(question, choice, len(found.items), found.pending, found.degraded, min(ends, default=math.inf))
 

@@ -3,6 +3,7 @@
     score = relevance                                      the search's score, its best being 1
           + neighbour_weight * relevance of the candidates said just before and after it, in the same session
           + session_weight * mean relevance of the three best candidates of its session
+          + speaker_weight, if the query names its speaker
           + importance_weight * importance                 0 to 1, as of now
           + recency_weight * 0.5 ** (age / half life)
 
@@ -12,10 +13,16 @@ unless a search does without.
 
 Without a query, relevance is 0 for all, and importance and recency decide.
 
+Tokens are what a context is short of, so a candidate's worth is its score for what it takes of them, where the power
+says how much that counts (H. Lin and J. Bilmes, Multi-document Summarization via Budgeted Maximization of Submodular
+Functions, NAACL 2010):
+
+    worth = score / tokens ** brevity
+
 The budget is filled by maximal marginal relevance (J. Carbonell and J. Goldstein, SIGIR 1998): each time with the
 candidate that has the greatest
 
-    (1 - diversity) * score / best score - diversity * greatest likeness to one that is chosen
+    (1 - diversity) * worth / best worth - diversity * greatest likeness to one that is chosen
 
 where the likeness of two texts is the cosine of their sets of words. One that repeats what is chosen, word by word, is
 left out.
@@ -31,6 +38,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from agents.context_items import Item
+from agents.phrases import words_of
 from memory_system.agent_settings import ContextManagerSettings
 
 DAY_S: Final = 86_400.0
@@ -40,7 +48,7 @@ _BEST: Final = 3
 _POOL: Final = 4
 _REPEATED_WORDS: Final = 3
 
-REASONS: Final = ("relevance", "neighbours", "session", "importance", "recency")
+REASONS: Final = ("relevance", "neighbours", "session", "speaker", "importance", "recency")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +75,15 @@ class Choice:
 
 
 def score(
-    found: Iterable[tuple[Item, float]], rules: ContextManagerSettings, now_s: float, *, plain: bool = False
+    found: Iterable[tuple[Item, float]],
+    rules: ContextManagerSettings,
+    now_s: float,
+    query: str | None = None,
+    *,
+    plain: bool = False,
 ) -> list[Scored]:
     """The candidates, each given with its relevance (0 to 1), best first. `plain`: relevance is the score."""
+    asked = _names_in(query or "")
     relevance = {item: value for item, value in found}
     neighbours, sessions = ({}, {}) if plain else _support(relevance)
     scored = []
@@ -80,11 +94,22 @@ def score(
             parts |= {
                 "neighbours": rules.neighbour_weight * neighbours.get(item, 0.0),
                 "session": rules.session_weight * sessions.get(item.parent_id, 0.0),
+                "speaker": rules.speaker_weight * _is_named(item.speaker, asked),
                 "importance": rules.importance_weight * item.importance,
                 "recency": rules.recency_weight * 0.5 ** (age_days / rules.recency_half_life_days),
             }
         scored.append(Scored(item, sum(parts.values()), parts))
     return sorted(scored, key=lambda each: (-each.score, each.item.memory_id))
+
+
+def _names_in(query: str) -> frozenset[str]:
+    """The words that may be somebody's name, in small letters: of `Ada's trains`, `ada` and `trains`."""
+    return frozenset(word.lower().removesuffix("'s") for word in words_of(query))
+
+
+def _is_named(speaker: str | None, asked: frozenset[str]) -> bool:
+    """Whether a word of the speaker's name is among those asked about."""
+    return not asked.isdisjoint(word.lower() for word in words_of(speaker or ""))
 
 
 def _support(relevance: Mapping[Item, float]) -> tuple[dict[Item, float], dict[str | None, float]]:
@@ -123,11 +148,17 @@ class Budget:
 
 
 def choose(
-    candidates: Sequence[Scored], budget: Budget, max_items: int, diversity: float, *, repeats: bool = False
+    candidates: Sequence[Scored],
+    budget: Budget,
+    max_items: int,
+    diversity: float,
+    *,
+    brevity: float = 0.0,
+    repeats: bool = False,
 ) -> Choice:
     """Fill the budget from candidates that stand best first; pinned ones, in their order, before all others.
 
-    `repeats`: take what says the same as well.
+    `diversity`, `brevity`: see above. `repeats`: take what says the same as well.
     """
     available = budget.left
     pins = [each for each in candidates if each.item.pinned]
@@ -135,7 +166,7 @@ def choose(
     filling = _Filling(budget, max_items, repeats)
     for pin in pins:
         filling.offer(pin)
-    pool = _Pool(others[: _POOL * max_items], diversity, [each.item for each in filling.chosen])
+    pool = _Pool(others[: _POOL * max_items], diversity, brevity, [each.item for each in filling.chosen])
     while pool and filling.open:
         best = pool.take()
         if filling.offer(best):
@@ -180,10 +211,11 @@ class _Pool:
     A set of words is an integer with a bit for each of them: thousands of pairs are compared for each context.
     """
 
-    def __init__(self, candidates: Sequence[Scored], diversity: float, chosen: Sequence[Item]) -> None:
+    def __init__(self, candidates: Sequence[Scored], diversity: float, brevity: float, chosen: Sequence[Item]) -> None:
         self._diversity = diversity
         self._left = dict(enumerate(candidates))
-        self._best = max((each.score for each in candidates), default=0.0) or 1.0
+        self._worths = {place: _worth(each, brevity) for place, each in self._left.items()}
+        self._best = max(self._worths.values(), default=0.0) or 1.0
         self._bits: dict[str, int] = {}
         self._words = {place: self._set(each.item) for place, each in self._left.items()}
         self._roots = {place: math.sqrt(words.bit_count()) for place, words in self._words.items()}
@@ -202,7 +234,7 @@ class _Pool:
         return len(dropped)
 
     def take(self) -> Scored:
-        return self._left.pop(max(self._left, key=self._worth))
+        return self._left.pop(max(self._left, key=self._adds))
 
     def chosen(self, item: Item) -> None:
         """Something was chosen: what is like it is worth less from now on."""
@@ -221,9 +253,14 @@ class _Pool:
             found |= self._bits.setdefault(word, 1 << len(self._bits))
         return found
 
-    def _worth(self, place: int) -> float:
-        relevance = self._left[place].score / self._best
-        return (1.0 - self._diversity) * relevance - self._diversity * self._likeness[place]
+    def _adds(self, place: int) -> float:
+        worth = self._worths[place] / self._best
+        return (1.0 - self._diversity) * worth - self._diversity * self._likeness[place]
+
+
+def _worth(each: Scored, brevity: float) -> float:
+    """What it is worth for the tokens that it takes."""
+    return each.score / math.pow(max(1, each.item.tokens), brevity)
 
 
 def likeness(some: frozenset[str], others: frozenset[str]) -> float:

@@ -80,13 +80,21 @@ class ContextManagerSettings:
         "How much the best of a session count for everything that was said in it, beyond the search's score.",
         span=(0, 10),
     )
+    speaker_weight: float = key(
+        0.06, "How much it counts that a memory was said by somebody whom the query names.", span=(0, 10)
+    )
     importance_weight: float = key(0.1, "How much a memory's own importance counts.", span=(0, 10))
     recency_weight: float = key(0.1, "How much it counts that a memory is new.", span=(0, 10))
     recency_half_life_days: float = key(
         7.0, "Age at which being new counts half as much.", unit="days", span=(0.001, 36_500)
     )
     diversity: float = key(
-        0.1, "How much it counts against a memory that it is like those chosen before it.", span=(0, 1)
+        0.05, "How much it counts against a memory that it is like those chosen before it.", span=(0, 1)
+    )
+    brevity: float = key(
+        0.025,
+        "How much the tokens of a memory count against it: its score is divided by this power of them.",
+        span=(0, 1),
     )
     time_zone: str = key(
         "UTC", "Where the days of a context begin.", noun="a time zone such as Asia/Manila", check=ZoneInfo

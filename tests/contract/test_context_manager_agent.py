@@ -216,7 +216,8 @@ def test_each_memory_says_why_it_is_there(agent: Agent, user: str) -> None:
     assert reasons["The night train leaves at nine."] == "relevance"
     for result in reply["results"]:
         assert result["score"] == pytest.approx(sum(result["explain"].values()), abs=1e-5)
-        assert set(result["explain"]) == {"relevance", "neighbours", "session", "importance", "recency"}
+        parts = {"relevance", "neighbours", "session", "speaker", "importance", "recency"}
+        assert set(result["explain"]) == parts
     assert "explain" not in agent.succeed("get_context", query="night train", user_id=user)["results"][0]
     without = agent.succeed("get_context", user_id=user)
     assert {result["reason"] for result in without["results"]} <= {"pinned", "importance", "recency"}

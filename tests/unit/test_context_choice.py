@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta, timezone
+from typing import Any
 from zoneinfo import ZoneInfo
 
 import pytest
@@ -23,7 +24,7 @@ def scored(*items: tuple[Item, float]) -> list[Scored]:
 
 
 def chosen(
-    candidates: list[Scored], tokens: int = 1000, max_items: int = 50, diversity: float = 0.1, **options: bool
+    candidates: list[Scored], tokens: int = 1000, max_items: int = 50, diversity: float = 0.1, **options: Any
 ) -> Choice:
     return choose(candidates, Budget(tokens, WRITER.heading_cost), max_items, diversity, **options)
 
@@ -54,6 +55,18 @@ class TestScore:
         elsewhere = item("How so, then?", parent_id="t", created_at=NOON_S + 5)
         order = [each.item.text for each in score([(elsewhere, 0.3), (hit, 1.0), (beside, 0.3)], RULES, NOON_S)]
         assert order == ["I lost my key.", "Where, then?", "How so, then?"]
+
+    def test_who_is_asked_about_is_preferred(self) -> None:
+        """By any word of the name, in any case; the order of equals would be the other way round."""
+        candidates = [(item("Ask Ada.", "Ben Reyes"), 0.5), (item("I ski.", "Ada Cruz"), 0.5), (item("I sew."), 0.5)]
+        first, *others = score(candidates, RULES, NOON_S, "What is ADA's hobby?")
+        assert first.item.speaker == "Ada Cruz"
+        assert first.parts["speaker"] == RULES.speaker_weight > 0.0
+        assert first.score == pytest.approx(0.5 + RULES.speaker_weight + 0.1 * 0.5 + 0.1)
+        assert [each.parts["speaker"] for each in others] == [0.0, 0.0]
+        for query in ("Who is Adam, and what is adagio?", None):
+            assert {each.parts["speaker"] for each in score(candidates, RULES, NOON_S, query)} == {0.0}
+        assert score(candidates, RULES, NOON_S, "Ada?", plain=True)[0].parts == {"relevance": 0.5}
 
     def test_without_a_session_nobody_is_a_neighbour(self) -> None:
         for each in score([(item("One fact."), 1.0), (item("Another fact."), 1.0)], RULES, NOON_S):
@@ -97,6 +110,19 @@ class TestChoose:
         assert texts(choice) == ["It fits."]
         assert choice.left_out == {"budget": 1}
 
+    def test_what_is_short_comes_before_what_is_long_and_hardly_better(self) -> None:
+        """Of 16 tokens and of 1: the power .1 makes 1.0 worth .758, and .05 makes it .871."""
+        long, short = item("word " * 16), item("Short.")
+        candidates = scored((long, 1.0), (short, 0.8))
+        assert texts(chosen(candidates, diversity=0.0)) == [long.text, "Short."]
+        assert texts(chosen(candidates, diversity=0.0, brevity=0.05)) == [long.text, "Short."]
+        assert texts(chosen(candidates, diversity=0.0, brevity=0.1)) == ["Short.", long.text]
+        assert texts(chosen(candidates, tokens=19, diversity=0.0, brevity=0.1)) == ["Short."]
+
+    def test_brevity_is_nothing_to_a_pin(self) -> None:
+        pin, hit = item("word " * 16, pinned=True), item("Short.")
+        assert texts(chosen(scored((hit, 1.0), (pin, 0.0)), brevity=1.0)) == [pin.text, "Short."]
+
     def test_nothing_fits(self) -> None:
         choice = chosen(scored((item("much too long a line"), 1.0)), tokens=3)
         assert choice == Choice((), 0, {"budget": 1})
@@ -139,9 +165,15 @@ class TestChoose:
         st.integers(1, 120),
         st.integers(1, 20),
         st.floats(0, 1),
+        st.floats(0, 1),
     )
     def test_the_text_never_has_more_tokens_than_the_budget(
-        self, given_items: list[tuple[int, float, bool, int]], tokens: int, max_items: int, diversity: float
+        self,
+        given_items: list[tuple[int, float, bool, int]],
+        tokens: int,
+        max_items: int,
+        diversity: float,
+        brevity: float,
     ) -> None:
         candidates = scored(
             *(
@@ -149,7 +181,7 @@ class TestChoose:
                 for at, (words, value, pinned, day) in enumerate(given_items)
             )
         )
-        choice = chosen(candidates, tokens, max_items, diversity)
+        choice = chosen(candidates, tokens, max_items, diversity, brevity=brevity)
         written = text_of([each.item for each in choice.chosen])
         assert WordCounts().count(written) == choice.tokens <= tokens
         assert len(choice.chosen) + sum(choice.left_out.values()) == len(candidates)
@@ -212,21 +244,24 @@ class TestText:
         assert told.metadata == {"topic": "trains"}
 
 
-@given(st.lists(st.text("abcd ", max_size=12), min_size=1, max_size=12), st.floats(0.05, 0.95))
-def test_the_pool_goes_by_the_likeness_that_is_documented(lines: list[str], diversity: float) -> None:
-    """Against the formula, computed anew for each choice."""
+@given(st.lists(st.text("abcd ", max_size=12), min_size=1, max_size=12), st.floats(0.05, 0.95), st.floats(0, 1))
+def test_the_pool_goes_by_the_worth_and_the_likeness_that_are_documented(
+    lines: list[str], diversity: float, brevity: float
+) -> None:
+    """Against the formulas, computed anew for each choice."""
     candidates = scored(*((item(text), 1.0 / place) for place, text in enumerate(lines, 1)))
+    worths = {each.item: each.score / max(1, each.item.tokens) ** brevity for each in candidates}
     left, expected = list(candidates), list[Item]()
     while left:
         best = max(
             left,
             key=lambda each: (
-                (1.0 - diversity) * each.score
+                (1.0 - diversity) * worths[each.item] / max(worths.values())
                 - diversity
                 * max((likeness(frozenset(each.item.words), frozenset(one.words)) for one in expected), default=0.0)
             ),
         )
         left.remove(best)
         expected.append(best.item)
-    choice = chosen(candidates, tokens=10**6, diversity=diversity, repeats=True)
+    choice = chosen(candidates, tokens=10**6, diversity=diversity, brevity=brevity, repeats=True)
     assert [each.item.memory_id for each in choice.chosen] == [each.memory_id for each in expected]
