@@ -17,6 +17,7 @@ from memory_system.search.masks import KeptMasks, Where
 from memory_system.search.rows import Row, Rows
 from memory_system.search.scope import Scope
 from memory_system.search.siblings import NONE, Siblings
+from memory_system.search.speakers import Speakers
 
 Mask = npt.NDArray[np.bool_]
 Ids = npt.NDArray[np.int64]
@@ -42,6 +43,7 @@ class Columns:
         self.occurred_at = np.full(_START, np.nan)  # epoch seconds
         self.happened_at = np.zeros(_START)  # when it occurred, or else when it was created
         self.siblings = Siblings()
+        self.speakers = Speakers()
         self._lacking: npt.NDArray[np.int64] = np.zeros(8, np.int64)  # rows without a vector, by namespace
         self._expiring = 0  # rows that expire some day
         self._kept = KeptMasks()
@@ -100,6 +102,7 @@ class Columns:
         self._expiring += row.expires_at is not None
         self.occurred_at[slot] = np.nan if row.occurred_at is None else row.occurred_at
         self._place(slot, row, known)
+        self.speakers.put(slot, row.row_id, row.merged_into, self._slots)
         self._alive[slot] = True
         self._count_lacking(slot, int(not self.has_vector[slot]))
         self._kept.note(slot)
@@ -138,15 +141,16 @@ class Columns:
         self.digests[new] = np.frombuffer(b"".join(rows.digest), "V16")
         self._expires[new] = [np.inf if time_s is None else time_s for time_s in rows.expires_at]
         self._expiring += int(np.count_nonzero(np.isfinite(self._expires[new])))
-        self.occurred_at[new] = np.array(rows.occurred_at, np.float64)  # None becomes NaN
-        unknown = np.isnan(self.occurred_at[new])
-        self.happened_at[new] = np.where(unknown, np.array(rows.created_at, np.float64), self.occurred_at[new])
+        self.occurred_at[new] = occurred_at = np.array(rows.occurred_at, np.float64)  # None becomes NaN
+        self.happened_at[new] = np.where(np.isnan(occurred_at), np.array(rows.created_at, np.float64), occurred_at)
         for name, coding in self._codings.items():
             values = [dig(one, name) for one in rows.metadata] if isinstance(name, tuple) else getattr(rows, name)
             self._codes[name][new] = coding.take_each(values)
         self._alive[new] = True
         self._slots.update(zip(rows.row_id, range(first, self._top), strict=True))
-        return np.arange(first, self._top)
+        slots = np.arange(first, self._top)
+        self.speakers.load(slots, rows.merged_into)
+        return slots
 
     def settle(self) -> None:
         """Put all rows of `extend` into their places below their parents, and count what lacks a vector."""
@@ -155,6 +159,7 @@ class Columns:
         slots = slots[~none[self._codes["parent_id"][slots]]] if len(none) else slots
         families = self._codes["namespace"][slots].astype(np.int64) << 32 | self._codes["parent_id"][slots]
         self.siblings.load(slots, families, self.happened_at[slots], self.row_ids[slots])
+        self.speakers.settle(self._slots)
         self._count_all_lacking()
         self._kept.clear()
 
@@ -193,8 +198,7 @@ class Columns:
 
     def missing(self) -> list[int]:
         """The row ids without a vector, newest first."""
-        lacking = self._alive[: self._top] & ~self.has_vector[: self._top]
-        return sorted(self.row_ids[: self._top][lacking].tolist(), reverse=True)
+        return sorted(self.row_ids[self._alive & ~self.has_vector].tolist(), reverse=True)
 
     def covers(self, node: Filter) -> bool:
         """Whether every field that the filter names is held here."""
@@ -222,13 +226,8 @@ class Columns:
         return _mask(seen)
 
     def around(self, slots: Ids, reach: int) -> Ids:
-        """The slots from `reach` before to `reach` after each, below the same parent: [2 * reach + 1, slots], -1 where
-        there is none."""
-        before, after = [slots], [slots]
-        for chain, links in ((before, self.siblings.before), (after, self.siblings.after)):
-            for _ in range(reach):
-                chain.append(np.where(chain[-1] >= 0, links[chain[-1]], NONE))
-        return np.array([*reversed(before), *after[1:]], np.int64)
+        """As `Siblings.around`."""
+        return self.siblings.around(slots, reach)
 
     def parents(self, slots: Ids) -> Ids:
         """A number for the parent of each slot's row; -1 where it has no siblings."""
@@ -264,6 +263,7 @@ class Columns:
         self.happened_at = _doubled(self.happened_at)
         self._codes = {name: _doubled(codes) for name, codes in self._codes.items()}
         self.siblings.reserve(len(self.row_ids))
+        self.speakers.reserve(len(self.row_ids))
 
     def _family(self, slot: int) -> int:
         """A number for a row's parent within its namespace."""
@@ -274,6 +274,7 @@ class Columns:
         self._count_lacking(slot, -int(not self.has_vector[slot]))
         self._expiring -= bool(np.isfinite(self._expires[slot]))
         self.siblings.remove(slot, self._family(slot))
+        self.speakers.remove(slot)
         for name, coding in self._codings.items():
             coding.give_back(int(self._codes[name][slot]))
 

@@ -129,7 +129,8 @@ class SearchEngine:
             present = self._digests(conn, query.scope, [hit.row_id for hit in hits]) if hits else {}
             if all(present.get(hit.row_id) == hit.digest for hit in hits):
                 return ranked, hits, False
-        row_ids, held = pool.row_ids.tolist(), pool.digests.tolist()
+        row_ids = pool.shown_rows.tolist()
+        held = (pool.digests if pool.shown is None else pool.digests[pool.shown]).tolist()
         present = self._digests(conn, query.scope, row_ids)
         same = np.fromiter((present.get(row) == one for row, one in zip(row_ids, held, strict=True)), np.bool_)
         moved = pool.current and any(row in present for row, so in zip(row_ids, same.tolist(), strict=True) if not so)
@@ -174,13 +175,16 @@ class SearchEngine:
         columns = view.columns
         reason = self._obstacle(view, query, vector)
         mask = self._mask(columns, query, allowed)
+        heard = mask
+        if query.mode == "hybrid" and not query.include_archived:
+            heard = columns.speakers.heard(mask)
         words = NO_QUERY if query.mode == "dense" else view.words.prepare(query.namespace, query.text)
-        slots, _ = view.words.candidates(words, mask, columns.row_ids, wanted)
+        slots, _ = view.words.candidates(words, heard, columns.row_ids, wanted)
         compared = view.vectors if reason is None and query.mode != "keyword" else None
         if compared is not None and vector is not None:
-            slots = np.union1d(slots, compared.search(vector, mask, wanted)[0])
+            slots = np.union1d(slots, compared.search(vector, heard, wanted)[0])
         if query.mode == "hybrid":
-            slots = gathering.with_siblings(columns, query, slots, mask)
+            slots = gathering.with_siblings(columns, query, slots, heard)
         similarity = np.full(len(slots), np.nan, np.float32)
         if compared is not None and vector is not None:
             similarity = compared.similarities(vector, slots)
@@ -189,17 +193,19 @@ class SearchEngine:
             frequencies, lengths = view.words.frequencies(words, slots), view.words.lengths(slots)
         else:
             frequencies, lengths = near.own()
+        shown = None if heard is mask else np.searchsorted(slots, columns.speakers.shown(slots))
         return Pool(
             columns.row_ids[slots],
             columns.digests[slots],
             similarity.astype(np.float64),
             bm25(words, frequencies, lengths).astype(np.float64),
             shares(words, frequencies),
-            columns.happened_at[slots],
+            columns.happened_at[slots if shown is None else slots[shown]],
             near,
             reason or self._shortfall(view, query, current),
             columns.pending(query.namespace),
             current,
+            shown,
         )
 
     def _shortfall(self, view: View, query: SearchQuery, current: bool) -> str | None:
@@ -252,7 +258,7 @@ class SearchEngine:
 
     def _rank(self, query: SearchQuery, pool: Pool, keep: Mask, importance: ranking.Floats) -> ranking.Ranked:
         chosen = slice(None) if keep.all() else keep  # mostly all of them are, and copies cost
-        return ranking.rank(
+        ranked = ranking.rank(
             query.mode,
             pool.row_ids[chosen],
             pool.similarity[chosen],
@@ -261,12 +267,13 @@ class SearchEngine:
             None if pool.surroundings is None else pool.surroundings.of(chosen),
             boosting.added(query.boost, query.now_s, pool.happened_at[chosen], importance[chosen]),
         )
+        return pool.folded(ranked)
 
     def _importances(self, conn: sqlite3.Connection, query: SearchQuery, pool: Pool) -> ranking.Floats:
         """The importance now of each candidate, 0 where nobody asked for it."""
         if query.boost.importance == 0.0:
             return np.zeros(len(pool.row_ids))
-        return boosting.importances(conn, self._lifecycle, pool.row_ids, query.now_s)
+        return boosting.importances(conn, self._lifecycle, pool.shown_rows, query.now_s)
 
     # ---- what a caller may ask for beside the order ----
 

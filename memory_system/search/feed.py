@@ -55,6 +55,8 @@ def _select(with_metadata: bool) -> str:
     return (
         "SELECT m.row_id, m.namespace, m.memory_type, m.memory_tier, m.state, m.expires_at, m.parent_id, m.session_id,"
         f" m.user_id, m.content_digest, {'m.metadata' if with_metadata else 'NULL'}, m.occurred_at, m.created_at,"
+        " CASE WHEN m.state = 'archived' THEN (SELECT max(c.row_id) FROM consolidation_members AS c"
+        " WHERE c.member_row_id = m.row_id) END,"
         " CASE WHEN e.digest = m.content_digest AND e.model_id = ? THEN e.vector END"
         " FROM memories AS m LEFT JOIN embeddings AS e ON e.row_id = m.row_id WHERE m.memory_type <> 'session'"
     )
@@ -116,6 +118,6 @@ def count_pending(conn: sqlite3.Connection, namespace: str, model_id: str | None
 
 
 def _entry(row: tuple[Any, ...]) -> Entry:
-    *fields, metadata, occurred_at, created_at, vector = row
-    fields += [None if metadata is None else json.loads(metadata), occurred_at, created_at]
+    *fields, metadata, occurred_at, created_at, merged_into, vector = row
+    fields += [None if metadata is None else json.loads(metadata), occurred_at, created_at, merged_into]
     return Row(*fields), vector

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
 
@@ -22,19 +23,28 @@ _REACH: Final = max(AROUND)
 # Neighbours are looked for behind so many in a row that are archived or have expired.
 _FAR: Final = 14
 
+Passes = Callable[[Columns, Ids, Scope], Mask]
+
 
 def with_siblings(columns: Columns, query: SearchQuery, slots: Ids, mask: Mask) -> Ids:
-    """The slots and those around each that the mask allows: an answer need not have a word of its question."""
-    around = nearest(columns, query.scope, slots, _REACH).ravel()
+    """The slots and those around each that the mask allows: an answer need not have a word of its question. What a slot
+    speaks for is among them."""
+    around = nearest(columns, query.scope, slots, _REACH, _heard).ravel()
     around = around[(around >= 0) & (around < len(mask))]
-    return np.unique(np.concatenate([slots, around[mask[around]]]))
+    slots = np.concatenate([slots, around[mask[around]]])
+    return np.unique(np.concatenate([slots, columns.speakers.shown(slots)]) if columns.speakers.count else slots)
 
 
 def surroundings(view: View, query: SearchQuery, words: KeywordQuery, slots: Ids) -> Surroundings:
-    """The texts around each of the ascending slots', as far as the query's scope lets them be seen, whatever its
+    """The texts around each of the ascending slots', as far as the query's scope lets them be heard, whatever its
     filter."""
     columns = view.columns
-    texts, numbers = _numbered(nearest(columns, query.scope, slots, _REACH))
+    near = nearest(columns, query.scope, slots, _REACH, _heard)
+    if columns.speakers.count and not query.include_archived:
+        # Beside it stand its own originals: its words would count twice, once more with each of them.
+        spoken_for = np.flatnonzero(columns.speakers.voices[slots])
+        near[np.ix_(np.arange(len(near)) != _REACH, spoken_for)] = NONE
+    texts, numbers = _numbered(near)
     shown = np.append(texts[texts >= 0], -1)
     # What is none comes first in the order of slots, and last among the texts.
     place = np.arange(len(texts)) - (len(texts) - len(shown) + 1)
@@ -51,22 +61,34 @@ def surroundings(view: View, query: SearchQuery, words: KeywordQuery, slots: Ids
     )
 
 
-def nearest(columns: Columns, scope: Scope, slots: Ids, reach: int) -> Ids:
+def nearest(columns: Columns, scope: Scope, slots: Ids, reach: int, passes: Passes = Columns.visible) -> Ids:
     """As `Columns.around`, of the memories that the scope lets be seen, whatever its filter: so a summary has those
     beside it that its archived originals had, and they have it."""
     before, after = [slots], [slots]
     for chain, links in ((before, columns.siblings.before), (after, columns.siblings.after)):
         for _ in range(reach):
-            chain.append(_next(columns, scope, chain[-1], links))
+            chain.append(_next(columns, scope, chain[-1], links, passes))
     return np.array([*reversed(before), *after[1:]], np.int64)
 
 
-def _next(columns: Columns, scope: Scope, slots: Ids, links: Links) -> Ids:
-    """What follows each of the slots by the links and may be seen, -1 where nothing does."""
+def _heard(columns: Columns, slots: Ids, scope: Scope) -> Mask:
+    """Whose text counts as evidence: of what may be seen, but that of the originals in place of a consolidated one's:
+    it stands for several turns, which each had their own place."""
+    seen = columns.visible(slots, scope)
+    if scope.include_archived or not columns.speakers.count:
+        return seen
+    speakers = columns.speakers
+    speaks = (slots >= 0) & columns.visible(speakers.into[slots].astype(np.int64), scope)
+    heard: Mask = speaks | (seen & (speakers.voices[slots] == 0))
+    return heard
+
+
+def _next(columns: Columns, scope: Scope, slots: Ids, links: Links, passes: Passes) -> Ids:
+    """What follows each of the slots by the links and passes, -1 where nothing does."""
     found = np.where(slots >= 0, links[slots], NONE).astype(np.int64)
     hidden = np.flatnonzero(found >= 0)
     for _ in range(_FAR + 1):
-        hidden = hidden[~columns.visible(found[hidden], scope)]
+        hidden = hidden[~passes(columns, found[hidden], scope)]
         if not len(hidden):
             return found
         found[hidden] = links[found[hidden]]

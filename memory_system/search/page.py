@@ -18,6 +18,7 @@ class Pool:
     """Candidates, and what is known of each: content digest, cosine (NaN without a vector), BM25, share of the query,
     when it happened, and in hybrid mode what stands around it.
 
+    `shown`: the place of what is shown for each, where originals speak for the consolidated memory that they became.
     `current`: the index had caught up with the database, so all that is not so there has changed just now.
     """
 
@@ -31,11 +32,26 @@ class Pool:
     reason: str | None
     pending: int
     current: bool
+    shown: Ids | None = None
 
     def evidence(self, mode: str) -> Mask:
         """Which candidates a search of this mode may return."""
         near: Mask = ~np.isnan(self.similarity)
         return near if mode == "dense" else near | (self.bm25 > 0.0)
+
+    @property
+    def shown_rows(self) -> Ids:
+        """The row that is shown for each candidate."""
+        return self.row_ids if self.shown is None else self.row_ids[self.shown]
+
+    def folded(self, ranked: ranking.Ranked) -> ranking.Ranked:
+        """What is shown, each as well placed as the best that speaks for it."""
+        if self.shown is None:
+            return ranked
+        at = self.shown[self.places(ranked.row_ids)]
+        best = np.sort(np.unique(at, return_index=True)[1])
+        at, parts = at[best], ranked.of(best).parts
+        return ranking.Ranked(self.row_ids[at], ranked.score[best], self.similarity[at], self.bm25[at], parts)
 
     def places(self, row_ids: Ids) -> Ids:
         """Where in the pool the rows are."""

@@ -9,7 +9,10 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What the index needs of a memory. `digest`: 16 bytes of its content; times are epoch seconds."""
+    """What the index needs of a memory. `digest`: 16 bytes of its content; times are epoch seconds.
+
+    `merged_into`: the row of the consolidated memory that an archived one became.
+    """
 
     row_id: int
     namespace: str
@@ -24,6 +27,7 @@ class Row:
     metadata: dict[str, Any] | None = None
     occurred_at: float | None = None
     created_at: float = 0.0
+    merged_into: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,3 +47,4 @@ class Rows:
     metadata: Sequence[dict[str, Any] | None]
     occurred_at: Sequence[float | None]
     created_at: Sequence[float]
+    merged_into: Sequence[int | None]

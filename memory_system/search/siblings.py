@@ -86,6 +86,14 @@ class Siblings:
         """The slots below a parent, in order."""
         return np.array(self._families.get(parent, ()), np.int64)
 
+    def around(self, slots: Ids, reach: int) -> Ids:
+        """The slots from `reach` before to `reach` after each: [2 * reach + 1, slots], NONE where there is none."""
+        before, after = [slots], [slots]
+        for chain, links in ((before, self.before), (after, self.after)):
+            for _ in range(reach):
+                chain.append(np.where(chain[-1] >= 0, links[chain[-1]], NONE))
+        return np.array([*reversed(before), *after[1:]], np.int64)
+
     def _key(self, slot: int) -> Key:
         return float(self._times[slot]), int(self._row_ids[slot])
 

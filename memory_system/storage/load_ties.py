@@ -99,6 +99,9 @@ def put_consolidation(loading: Loading, item: ConsolidationItem) -> None:
         return
     if loading.order.dry_run:
         return
+    for number in _members(loading, row_id) | set(rows_of.values()):
+        if number is not None:
+            loading.context.log_change(number, "put")
     loading.db.execute("DELETE FROM consolidations WHERE row_id = ?", (row_id,))
     loading.db.execute(
         "INSERT INTO consolidations (row_id, kind, summariser, pieces, created_at) VALUES (?, ?, ?, ?, ?)",

@@ -13,6 +13,7 @@ import pytest
 from memory_system.consolidation.summarisers import Embed, Original
 from memory_system.errors import ConfigError
 from memory_system.service import kindred, merges
+from tests.support.archive import lines_of
 from tests.support.runs import DAY_S, DECAY, STEADY, reported
 from tests.support.service import Service, running_service, service_test
 
@@ -588,6 +589,31 @@ async def test_a_summariser_of_ones_own(service: Service) -> None:
     await service.fails("memory_not_found", "get_memory", memory_id=record["memory_id"])
     assert set(await found(service, "tomatoes")) == set(ids[1:])
     assert holds(service, "shall") == []
+
+
+@service_test(**STEADY, consolidation__summariser=f"{__name__}:first_words")
+async def test_a_search_finds_a_summary_by_what_its_text_leaves_out(service: Service) -> None:
+    """As long as the original that said it is there, in the store that made it and in one that it was brought to."""
+
+    async def heard(around: dict[str, Any]) -> list[str]:
+        asked = {"query": "lighthouse", "explain": True, "touch": False}
+        reply = await service.ok("semantic_search", around, **asked)
+        return [each["memory_id"] for each in reply["results"] if each["explain"]["keyword"] > 0.0]
+
+    _, ids = await turns(service, [f"{GARDEN[0]} From the lighthouse.", *GARDEN[1:], TRAIN])
+    (record,) = await merged(service)
+    assert "lighthouse" not in record["content"]
+    await service.settled()
+    copy = {"namespace": "copy"}
+    lines = [{name: line[name] for name in line if name != "namespace"} for line in await lines_of(service)]
+    for is_tie in (False, True):  # the index has the originals before it can know what they speak for
+        records = [line for line in lines if (line["kind"] == "consolidation") == is_tie]
+        await service.ok("import_memories", copy, records=records)
+        await service.settled()
+    assert (await heard({}))[0] == (await heard(copy))[0] == record["memory_id"]
+    assert not set(await heard({})) & set(ids[:3])
+    await service.ok("delete_memory", memory_id=ids[0])
+    assert await heard({}) == [] and (await heard(copy))[0] == record["memory_id"]
 
 
 @service_test(**STEADY, consolidation__summariser=f"{__name__}:first_words")

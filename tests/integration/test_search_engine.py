@@ -464,6 +464,63 @@ def test_a_summary_has_around_it_what_its_originals_had(store: SearchStore, star
     assert beside[summary] == ((rows[0], rows[1]), (rows[5],)) and beside[rows[5]] == ((rows[1], summary), ())
 
 
+def merged(store: SearchStore, originals: list[int], content: str, **fields: Any) -> int:
+    """The row of a consolidated memory that these became."""
+    row = store.add(content, VECTORS[1], memory_type="consolidated", parent_id=f"ses-{TALK[0]}", **fields)
+    store.db.execute("INSERT INTO consolidations VALUES (?, 'summary', 'extractive', NULL, ?)", (row, NOW_S))
+    for original in originals:
+        store.db.execute("INSERT INTO consolidation_members VALUES (?, ?, '{}')", (row, original))
+        store.update(original, state="archived", archived_at=NOW_S)
+    return row
+
+
+def test_originals_speak_for_the_memory_that_they_became(store: SearchStore, start: Start) -> None:
+    """It is found by what they said, and stands where they stood; they themselves stay out of sight."""
+    rows = conversation(store, *TALK)
+    index, engine = start()
+    asked = query("kettle", VECTORS[0], k=20, explain=True)
+    alone = {hit.row_id: hit.parts or {} for hit in engine.search(asked).hits}
+    summary = merged(store, rows[1:3], "it is downstairs", occurred_at=NOW_S + 1, user_id="ada")
+    caught_up(store, index)
+    hits = engine.search(asked).hits
+    parts = {hit.row_id: hit.parts or {} for hit in hits}
+    assert hits[0].row_id == summary and set(parts) == {rows[0], summary, *rows[3:]}
+    # Every other turn has the evidence that it had, but for what one more text adds to the average length, and the
+    # summary has that of the better of the two.
+    for row in (rows[0], *rows[3:]):
+        assert parts[row]["keyword"] == pytest.approx(alone[row]["keyword"], rel=0.1)
+    assert parts[summary]["keyword"] == pytest.approx(alone[rows[1]]["keyword"]) == 1.0
+    # What is absolute is of its own text.
+    assert hits[0].keyword == 0.0 and hits[0].similarity == pytest.approx(float(VECTORS[0] @ VECTORS[1]), abs=1e-5)
+    assert ids(engine.search(replace(asked, offset=1))) == ids(engine.search(asked))[1:]
+    assert ids(engine.search(query("kettle", VECTORS[0], filter={"user_id": "ada"}))) == [summary]
+    assert ids(engine.search(query("kettle", VECTORS[0], filter={"user_id": "ben"}))) == []
+    assert set(ids(engine.search(replace(asked, include_archived=True)))) == {*rows, summary}
+    assert ids(engine.search(query("kettle", mode="keyword"))) == []
+    reloaded, other = start()
+    caught_up(store, reloaded)
+    assert [(hit.row_id, hit.score) for hit in other.search(asked).hits] == [(hit.row_id, hit.score) for hit in hits]
+
+
+@pytest.mark.parametrize("change", ["the original is deleted", "the summary is archived", "the summary is deleted"])
+def test_who_speaks_for_nothing_is_not_heard(store: SearchStore, start: Start, change: str) -> None:
+    rows = conversation(store, *TALK)
+    summary = merged(store, rows[1:3], "it is downstairs", occurred_at=NOW_S + 1)
+    index, engine = start()
+    caught_up(store, index)
+    asked = query("kettle", VECTORS[0], k=20, explain=True)
+    assert any((hit.parts or {})["keyword"] > 0.0 for hit in engine.search(asked).hits)
+    if change == "the original is deleted":
+        store.delete(rows[1])
+    elif change == "the summary is archived":
+        store.update(summary, state="archived", archived_at=NOW_S)
+    else:
+        store.delete(summary)
+    found = engine.search(asked).hits
+    assert {hit.row_id for hit in found} >= {rows[0], *rows[3:]} and rows[1] not in {hit.row_id for hit in found}
+    assert all((hit.parts or {})["keyword"] == 0.0 for hit in found)
+
+
 def test_a_day_in_the_question_finds_what_occurred_then(store: SearchStore, start: Start) -> None:
     day_s = 86_400.0
     rows = [store.add("we met", VECTORS[0], occurred_at=NOW_S - days * day_s) for days in (0, 100, 200)]
