@@ -39,6 +39,7 @@ class Agent:
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> None:
         self.endpoint = endpoint
+        self.is_silent = False
         self.socket = context.socket(zmq.REQ)
         self.socket.setsockopt(zmq.LINGER, 0)
         show_key(self.socket)
@@ -49,7 +50,9 @@ class Agent:
         around = {"namespace": NAMESPACE, "agent_id": NAMESPACE, "request_id": secrets.token_hex(16)}
         self.socket.send_json({"v": 1, "action": action, "data": data, **around})
         if not self.socket.poll(TIMEOUT_MS):
-            sys.exit(f"{self.endpoint} does not answer; is it running (make status)?")
+            self.is_silent = True
+            hint = "is it running (make status)? Does it want a key (MEMORY_KEY_FILE)?"
+            sys.exit(f"{self.endpoint} does not answer; {hint}")
         reply: Any = self.socket.recv_json()
         if reply["status"] != "success":
             sys.exit(f"{action}: {reply['message']} ({reply['error_code']})")
@@ -116,7 +119,7 @@ def main(arguments: list[str] | None = None) -> None:
         try:
             talk(sessions, context, user_id)
         finally:
-            if not options.keep:
+            if not options.keep and not sessions.is_silent:
                 forget(sessions, user_id)
             sessions.socket.close()
             context.socket.close()

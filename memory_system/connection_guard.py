@@ -3,7 +3,9 @@
 libzmq has no limit for a message of endlessly many parts, nor, in bytes, for what waits for a client that does not
 read. So the process's memory is watched: when it has grown by more than `limits.connection_memory_mb` since it was last
 found in order, the connections that hold most of what was not taken are closed, and those that read nothing of what
-waits for them. Their honest clients connect again and repeat their request; an attacker begins anew.
+waits for them. A large request on its way looks like the beginning of a message without an end, so it is looked already
+when memory has grown by half as much: who then goes on within a second is left alone, and when nobody is why it has
+grown, it is in order as it is.
 """
 
 from __future__ import annotations
@@ -32,7 +34,11 @@ TRIM_S: Final = 1.0  # it takes milliseconds, which a program that only has grow
 MAX_AMPLIFICATION: Final = 40
 # A client whose acknowledgements stand still for so long, while bytes wait for it, does not read.
 STALLED_S: Final = 0.5
-# Until then it is looked whether there is one who does not read: where many are served, some bytes always wait.
+# Below the limit both have this long.
+PATIENT_S: Final = 1.0
+PATIENT_FROM: Final = 0.5  # of the limit
+# Until then it is looked whether there is one who does not read, or who holds: where many are served, some bytes always
+# wait, in either direction.
 SETTLED_S: Final = 2.0
 # Handshakes and heartbeats are never taken: what is up to this much in this time does not count. Encrypted, a
 # handshake has 600 bytes, and the heartbeats of one of our clients 750 a minute.
@@ -61,11 +67,18 @@ class Finding:
 class Judge:
     """Decides which connections are why the memory has grown. No I/O; times are monotonic seconds."""
 
-    def __init__(self, limit_bytes: int, held: Callable[[Connection], int] = LEDGER.held) -> None:
+    def __init__(
+        self,
+        limit_bytes: int,
+        held: Callable[[Connection], int] = LEDGER.held,
+        nothing_left_s: Callable[[], float] = lambda: LEDGER.nothing_left_s,
+    ) -> None:
         self._limit_bytes = limit_bytes
         self._held = held
+        self._nothing_left_s = nothing_left_s
         self._forgiven: dict[Key, int] = {}
         self._moved: dict[Key, tuple[int, float]] = {}  # bytes acknowledged, and since when no more
+        self._taken: dict[Key, tuple[int, float]] = {}  # bytes taken, and since when no more
         self._since_s: float | None = None  # since when nobody was found, the memory being beyond the limit
 
     def forgive(self, found: list[Connection]) -> None:
@@ -76,46 +89,69 @@ class Judge:
             held, known = self._held(each), before.get(each.key, 0)
             self._forgiven[each.key] = held if held - known <= FORGIVEN_BYTES else known
 
-    def look(self, found: list[Connection], now_s: float) -> Finding:
-        """Whom to close, the memory having grown beyond the limit; to be asked again until it is settled."""
+    def look(self, found: list[Connection], now_s: float, grown_bytes: int) -> Finding:
+        """Whom to close, the memory having grown by so much; to be asked again until it is settled."""
         held = {each.key: self._counted(each) for each in found}
-        stalled, waiting = self._stalled(found, now_s)
+        patient = grown_bytes <= self._limit_bytes
+        stalled, waiting = self._stalled(found, now_s, PATIENT_S if patient else STALLED_S)
+        suspects, waiting_for_more = self._suspects(found, held, now_s, PATIENT_S if patient else 0.0)
         offenders = {each.key: each for each in stalled}
-        # Less than this cannot be what the memory went to: the program itself has grown.
-        if sum(held.values()) * MAX_AMPLIFICATION > self._limit_bytes / 2:
-            offenders |= {each.key: each for each in _largest_half(found, held)}
+        if self._is_why(suspects, held):
+            offenders |= {each.key: each for each in _largest_half(suspects, held)}
         if offenders or self._since_s is None:
             self._since_s = now_s
-        is_over = not waiting or now_s - self._since_s >= SETTLED_S
+        # Of a program that has not taken all that is there, nobody can tell whose messages have no end.
+        known = not waiting_for_more or self._nothing_left_s() >= self._since_s + PATIENT_S
+        is_over = not (waiting or waiting_for_more) or (known and now_s - self._since_s >= SETTLED_S)
         return Finding(list(offenders.values()), is_settled=not offenders and is_over)
 
     def calm(self) -> None:
         self._moved.clear()
+        self._taken.clear()
         self._since_s = None
 
     def _counted(self, connection: Connection) -> int:
         held = self._held(connection) - self._forgiven.get(connection.key, 0)
         return held if held > FORGIVEN_BYTES else 0
 
-    def _stalled(self, found: list[Connection], now_s: float) -> tuple[list[Connection], bool]:
+    def _is_why(self, suspects: list[Connection], held: dict[Key, int]) -> bool:
+        """Whether memory can have gone to what these hold; else the program itself has grown."""
+        return sum(held[each.key] for each in suspects) * MAX_AMPLIFICATION > self._limit_bytes / 2
+
+    def _stalled(self, found: list[Connection], now_s: float, after_s: float) -> tuple[list[Connection], bool]:
         """Who does not read, and whether there are some of whom it is not known yet."""
-        before, self._moved = self._moved, {}
-        stalled: list[Connection] = []
-        for each in found:
-            if not each.unsent:
-                continue
-            acknowledged, since_s = before.get(each.key, (-1, now_s))
-            if acknowledged != each.acknowledged:
-                since_s = now_s
-            self._moved[each.key] = (each.acknowledged, since_s)
-            if now_s - since_s >= STALLED_S:
-                stalled.append(each)
-        return stalled, len(stalled) < len(self._moved)
+        waited = _standing(self._moved, {each: each.acknowledged for each in found if each.unsent}, now_s)
+        stalled = [each for each, waited_s in waited.items() if waited_s >= after_s]
+        return stalled, len(stalled) < len(waited)
+
+    def _suspects(
+        self, found: list[Connection], held: dict[Key, int], now_s: float, after_s: float
+    ) -> tuple[list[Connection], bool]:
+        """Of whom nothing was taken for so long although they hold something and the program had nothing else to take
+        by then; and whether it is not known yet of some who hold enough to matter."""
+        taken = {each: each.received - self._held(each) for each in found if held[each.key]}
+        waited = _standing(self._taken, taken, now_s)
+        if after_s > 0.0:
+            untaken_s = now_s - self._nothing_left_s()
+            waited = {each: waited_s - untaken_s for each, waited_s in waited.items()}
+        suspects = [each for each, waited_s in waited.items() if waited_s >= after_s]
+        return suspects, self._is_why([each for each in waited if waited[each] < after_s], held)
+
+
+def _standing(
+    before: dict[Key, tuple[int, float]], counts: dict[Connection, int], now_s: float
+) -> dict[Connection, float]:
+    """For how many seconds each of these counts has not changed. `before` is what was seen last, and is brought up."""
+    seen = {each.key: (count, now_s) for each, count in counts.items()}
+    seen |= {key: known for key, known in before.items() if key in seen and seen[key][0] == known[0]}
+    before.clear()
+    before.update(seen)
+    return {each: now_s - seen[each.key][1] for each in counts}
 
 
 def _largest_half(found: list[Connection], held: dict[Key, int]) -> list[Connection]:
-    """The fewest connections that together hold half of it all."""
-    half, chosen = sum(held.values()) / 2, []
+    """The fewest of these connections that together hold half of what they hold."""
+    half, chosen = sum(held[each.key] for each in found) / 2, []
     for each in sorted(found, key=lambda one: held[one.key], reverse=True):
         if half <= 0:
             break
@@ -166,16 +202,16 @@ class ConnectionGuard:
                 log.exception("guard_failed")
 
     def _watch_memory(self, now_s: float) -> None:
-        if self._grown() <= self._limit_bytes:
+        if self._grown() <= self._limit_bytes * PATIENT_FROM:
             self._judge.calm()
             return
         if now_s >= self._trimmed_s + TRIM_S:
             self._trimmed_s = now_s
             _give_back_memory()
         grown_bytes = self._grown()
-        if grown_bytes <= self._limit_bytes:
+        if grown_bytes <= self._limit_bytes * PATIENT_FROM:
             return
-        finding = self._judge.look(connections.accepted(), now_s)
+        finding = self._judge.look(connections.accepted(), now_s, grown_bytes)
         closed = [each for each in finding.offenders if connections.cut(each)]
         if closed:
             self.cut += len(closed)

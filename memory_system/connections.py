@@ -15,6 +15,7 @@ import socket
 import struct
 import sys
 import termios
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -71,6 +72,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self.more_bytes = 0
+        self.nothing_left_s = float("-inf")  # monotonic: when the program last had taken all that there was to take
         self._taken: dict[int, int] = {}
         self._peers: dict[int, bytes] = {}
 
@@ -91,6 +93,10 @@ class Ledger:
             size = len(each) + self.more_bytes
             taken += size + (_SHORT_HEADER if size <= _SHORT_FRAME else _LONG_HEADER)
         self._taken[fd] = taken
+
+    def nothing_left(self) -> None:
+        """The socket has no message that is whole: what is held now belongs to unfinished ones."""
+        self.nothing_left_s = time.monotonic()
 
     def held(self, connection: Connection) -> int:
         """Bytes that came over a connection and were not taken, about."""

@@ -1,7 +1,7 @@
 """A request as an agent receives it: bytes from anybody -> `Request`, and replies back to bytes, in the same encoding.
 
-Only msgpack and the standard library are used. They build the whole tree before it can be looked at, so what a body
-may hold is bounded before or while it is built: 8 MiB of empty maps would be half a gigabyte of objects.
+Bodies are read by msgpack and the standard library's json. They build the whole tree before it can be looked at, so
+what a body may hold is bounded before or while it is built: 8 MiB of empty maps would be half a gigabyte of objects.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -42,8 +42,9 @@ MAX_CHAIN: Final = 4  # keys
 _SEPARATOR: Final = "/"
 _FIELDS: Final = ("name", "public_key", "roles", "namespaces", "act_for", "created", "revoked")
 _NEEDED: Final = ("name", "public_key", "roles")
-_MAX_FILE_BYTES: Final = 4 * 1024 * 1024
-
+# About 6,000 keys, which take a second of a processor to read; docs/security.md says so.
+_MAX_FILE_BYTES: Final = 1024 * 1024
+_MAX_DEPTH: Final = 8  # a list of grants with lists of names has three
 
 _NEEDED_PERMISSIONS: Final[Mapping[str, str]] = {
     **dict.fromkeys(protocol.WRITE_ACTIONS, WRITE),
@@ -114,6 +115,8 @@ class Identity:
     scope: str
     roles: frozenset[str]
     permits: frozenset[str]
+    # (action, namespace) that were found to be allowed, see authorise.py: forgotten with these grants.
+    allowed: set[tuple[str, str]] = field(default_factory=set, repr=False, compare=False)
 
     @classmethod
     def of(cls, *grants: Grant) -> Identity:
@@ -170,14 +173,18 @@ class Grants:
         except OSError as error:
             raise ConfigError(f"the grants {path} cannot be read: {error.strerror}; make them: make keys") from None
         if len(text) > _MAX_FILE_BYTES:
-            raise ConfigError(f"{path} is larger than {_MAX_FILE_BYTES} bytes")
+            raise ConfigError(f"{path} is larger than {_MAX_FILE_BYTES} bytes, about 6,000 keys")
         return cls.parse(text, str(path))
 
     @classmethod
     def parse(cls, text: bytes, where: str) -> Grants:
-        """The grants in this YAML. Raises ConfigError, naming line and field."""
+        """The grants in this YAML. Raises ConfigError, naming line and field, also where there are none at all: that
+        is a file that was cut short, or is being written, and not a wish to lock everybody out."""
         try:
-            return cls.of(_grants(text, where))
+            grants = cls.of(_grants(text, where))
+            if not grants.by_key:
+                raise ConfigError(f"{where} has no grant in it; restore it, or remove it and run: make keys")
+            return grants
         except ConfigError as error:
             if error.message.startswith(where):
                 raise
@@ -212,8 +219,12 @@ class Grants:
 def _grants(text: bytes, where: str) -> Iterator[Grant]:
     import yaml
 
+    # In C where there is one: ten times as fast. It recurses without a bound, so what is too deep does not reach it.
+    loader_class = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        loader = yaml.SafeLoader(text.decode())
+        decoded = text.decode()
+        _check_depth(yaml.parse(decoded, Loader=loader_class), where)
+        loader = loader_class(decoded)
         root = loader.get_single_node()
         if root is None:
             return
@@ -227,6 +238,20 @@ def _grants(text: bytes, where: str) -> Iterator[Grant]:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark is not None else ""
         raise ConfigError(f"{where}{line}: not valid YAML") from None
+
+
+def _check_depth(events: Iterable[Any], where: str) -> None:
+    """Raise ConfigError for lists in lists deeper than grants have; `events` is read no further than that."""
+    import yaml
+
+    depth = 0
+    for event in events:
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if depth > _MAX_DEPTH:
+            raise ConfigError(f"{where}:{event.start_mark.line + 1}: lists in lists: expected a list of grants")
 
 
 def _grant(fields: Any, place: str) -> Grant:

@@ -97,6 +97,8 @@ def key_given(given: str | os.PathLike[str] | KeyFile | None) -> KeyFile | None:
     """A key, that of a file, or, for None, that of the environment. Raises ConfigError."""
     if given is None:
         return key_of_environment()
+    if given == "":
+        raise ConfigError(f"key_file is empty: name a key file, or leave it out for that of {KEY_FILE_VARIABLE}")
     return given if isinstance(given, KeyFile) else load_key_file(given)
 
 

@@ -12,6 +12,7 @@ from memory_system.errors import AccessDenied
 from memory_system.grants import ADMIN, READ, WRITE, Identity, permission_for
 from memory_system.router import Sender
 from memory_system.security import Gate
+from memory_system.security.guard import Asked, principal_of
 from memory_system.settings import Settings
 
 # An action -> what a key has to permit, see grants.py.
@@ -62,7 +63,9 @@ class Permits:
     def _not_let_in(self, domain: str, address: str, name: str) -> None:
         """A connection was refused. In the authenticator's thread."""
         if self._audit is not None:
-            self._audit.denied(Entry(name, address, "connect", namespace=domain), AccessDenied.code)
+            self._audit.denied(
+                Entry(name or _unknown(address), address, "connect", namespace=domain), AccessDenied.code
+            )
 
     def _identity(self, sender: Sender, on_behalf_of: str | None) -> Identity:
         try:
@@ -75,7 +78,12 @@ class Permits:
 
     def _name(self, sender: Sender) -> str:
         grant = self._gate.grants.by_key.get(sender.user_id or "")
-        return "" if grant is None else grant.name
+        return _unknown(sender.address) if grant is None else grant.name
+
+
+def _unknown(address: str) -> str:
+    """What the log calls somebody whose key nobody knows."""
+    return principal_of(None, Asked("", "", address=address))
 
 
 def _entry(action: str, request: Request, identity: Identity) -> Entry:

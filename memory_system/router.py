@@ -138,7 +138,11 @@ class Incoming:
         """The next message and its last part; None: not to its end yet. Raises zmq.Again when there is none."""
         frames: list[bytes] = []
         for _ in range(_PARTS_AT_ONCE if self._first is not None else _MAX_PARTS):
-            frame = self._socket.recv(_NOBLOCK, copy=False)
+            try:
+                frame = self._socket.recv(_NOBLOCK, copy=False)
+            except zmq.Again:
+                LEDGER.nothing_left()
+                raise
             frames.append(frame.bytes)
             if not frame.more:
                 self._note(frame, frames)

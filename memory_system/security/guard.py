@@ -18,10 +18,10 @@ from memory_system.security.authorise import authorise
 from memory_system.security.peers import is_admin
 from memory_system.settings import Settings
 
-# An administrator's actions are not counted, nor is what monitoring asks every few seconds.
-_NOT_COUNTED: Final = protocol.ADMIN_ACTIONS | {"health_check"}
 # What operators may ask as well changes nothing, and would push out lines of what does.
 _NOTED: Final = protocol.ADMIN_ACTIONS - OPERATOR_ACTIONS
+# What administrators alone may do is not counted, nor is what monitoring asks every few seconds.
+_NOT_COUNTED: Final = _NOTED | {"health_check"}
 _LOOPBACK: Final = ("127.", "::1", "localhost")
 
 

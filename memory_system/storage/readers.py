@@ -26,6 +26,8 @@ class _Reader:
 
     def _connect(self) -> sqlite3.Connection:
         self._inside = connect_reader(self._path)
+        # SQLite opens the log with the first query: later there may be no file left to open it with.
+        self._inside.execute("SELECT count(*) FROM sqlite_schema").fetchone()
         return self._inside
 
     def interrupt(self) -> None:

@@ -18,12 +18,13 @@ CLIENTS = 60
 AWAY_S = 4.0
 PERIOD_S = 0.5
 BACK_S = 10.0
+WATCHED_S = 7.0
 MOST = 2.0
 
 
 def test_clients_of_a_service_that_was_away_come_back_without_a_storm(tmp_path: Path) -> None:
     seen = outage(
-        tmp_path, clients=CLIENTS, kinds=("threads", "async"), away_s=AWAY_S, period_s=PERIOD_S, watched_s=BACK_S
+        tmp_path, clients=CLIENTS, kinds=("threads", "async"), away_s=AWAY_S, period_s=PERIOD_S, watched_s=WATCHED_S
     )
     print(seen)  # noqa: T201  pytest shows it when the test fails
     assert len(seen.back_s) == CLIENTS

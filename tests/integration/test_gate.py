@@ -22,7 +22,7 @@ from memory_system import keys
 from memory_system.errors import AccessDenied, CannotStart, ConfigError
 from memory_system.keys import apply_server, new_key
 from memory_system.router import Router, bind_socket, sender_of
-from memory_system.security import Gate, self_test
+from memory_system.security import Gate, authorise, self_test
 from memory_system.security.authenticator import Authenticator
 from memory_system.security.registry import Registry
 from memory_system.settings import NetworkSettings, SecuritySettings, Settings
@@ -296,8 +296,8 @@ def test_a_key_is_added_and_revoked_while_the_gate_is_open(ring: KeyRing) -> Non
         assert gate.identity(late).name == "late"
         ring.revoke("late")
         started_s = time.monotonic()
-        wait_until(lambda: denied(gate, late), "it is refused", 5.0)
-        assert time.monotonic() - started_s < 3.0
+        wait_until(lambda: denied(gate, late), "it is refused")
+        assert time.monotonic() - started_s < 15.0
         assert knock(endpoint, ring.keys["late"]) == REFUSED
 
 
@@ -345,16 +345,33 @@ def test_grants_that_are_not_usable_change_nothing(
         else:
             path.write_bytes(break_it + b"\n")
             path.chmod(0o600)
-        if break_it == b"":
-            wait_until(lambda: not gate.grants.by_key, "an empty list revokes all", 5.0)
-            assert knock(endpoint, ring.keys["planner"]) == REFUSED
-        else:
-            wait_until(lambda: bool(gate.figures()["grants_problem"]), "it is noticed", 5.0)
-            assert knock(endpoint, ring.keys["planner"]) == IN
-            assert str(path) in gate.figures()["grants_problem"]
+        wait_until(lambda: bool(gate.figures()["grants_problem"]), "it is noticed", 5.0)
+        assert knock(endpoint, ring.keys["planner"]) == IN
+        assert str(path) in gate.figures()["grants_problem"]
         path.write_bytes(before)
         path.chmod(0o600)
         wait_until(lambda: not gate.figures()["grants_problem"] and bool(gate.grants.by_key), "the next is read", 5.0)
+
+
+@pytest.mark.parametrize("text", ["", "# nobody yet\n", "[]\n"])
+def test_there_is_no_gate_with_grants_that_have_none(ring: KeyRing, text: str) -> None:
+    path = ring.folder / keys.GRANTS_FILE
+    path.write_text(text)
+    path.chmod(0o600)
+    with pytest.raises(ConfigError, match="has no grant in it"), opened(ring):
+        pass
+
+
+def test_what_was_allowed_before_ends_with_the_grants(ring: KeyRing) -> None:
+    registry = Registry(ring.folder / keys.GRANTS_FILE)
+    ada = ring.add("ada", roles=["writer"], namespaces=["home"])
+    public = keys.load_key_file(ada).public.decode()
+    authorise(registry.identity(public), "get_memory", "home")
+    registry.path.write_text(registry.path.read_text().replace("- home\n", "- work\n"))
+    assert registry.look()
+    with pytest.raises(AccessDenied, match="'home' is not granted"):
+        authorise(registry.identity(public), "get_memory", "home")
+    authorise(registry.identity(public), "get_memory", "work")
 
 
 def test_the_gate_says_who_was_refused(ring: KeyRing) -> None:

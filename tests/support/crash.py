@@ -83,7 +83,7 @@ class Worker(threading.Thread):
         agent_id = f"client-{self._number}"
         try:
             with MemoryClient(
-                self._endpoint, agent_id=agent_id, namespace=NAMESPACE, timeout_ms=30_000, attempt_timeout_ms=2_000
+                self._endpoint, agent_id=agent_id, namespace=NAMESPACE, timeout_ms=90_000, attempt_timeout_ms=2_000
             ) as client:
                 while not self._stop_event.is_set():
                     self._step(client)

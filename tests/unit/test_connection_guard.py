@@ -15,7 +15,15 @@ import pytest
 import zmq
 
 from memory_system import connection_guard, connections
-from memory_system.connection_guard import FORGIVEN_BYTES, SETTLED_S, STALLED_S, Judge, guarding
+from memory_system.connection_guard import (
+    FORGIVEN_BYTES,
+    PATIENT_S,
+    SETTLED_S,
+    STALLED_S,
+    Finding,
+    Judge,
+    guarding,
+)
 from memory_system.connections import CURVE_BYTES, Connection, Ledger
 from memory_system.router import Incoming
 
@@ -27,8 +35,15 @@ def connection(fd: int, received: int = 0, *, acknowledged: int = 0, unsent: int
     return Connection(fd, f"127.0.0.1:{40_000 + fd}", received, acknowledged, unsent)
 
 
-def judge() -> Judge:
-    return Judge(LIMIT, lambda each: each.received)
+class Stern(Judge):
+    """Memory has grown beyond the limit."""
+
+    def look(self, found: list[Connection], now_s: float, grown_bytes: int = LIMIT + 1) -> Finding:
+        return super().look(found, now_s, grown_bytes)
+
+
+def judge() -> Stern:
+    return Stern(LIMIT, lambda each: each.received)
 
 
 # -- who is closed ----------------------------------------------------------------------------------------------------
@@ -88,6 +103,49 @@ def test_a_crowd_that_only_says_that_it_lives_is_not_why_memory_has_grown() -> N
     assert (finding.offenders, finding.is_settled) == ([], True)
 
 
+def test_a_large_request_on_its_way_is_no_message_without_an_end() -> None:
+    """The program grows under load, and whenever it is looked some of its clients have just sent a large request."""
+    taken = 0
+    now_s = 0.0
+    ours = Judge(LIMIT, lambda each: each.received - taken, lambda: now_s)
+    for tick in range(40):
+        if tick % 9 == 8:  # the next request of both
+            taken += 2 * MIB
+        now_s = tick * 0.1
+        finding = ours.look([connection(fd, taken + 2 * MIB) for fd in (1, 2)], now_s, LIMIT)
+        assert (finding.offenders, finding.is_settled) == ([], now_s >= SETTLED_S)
+
+
+def test_a_program_that_is_behind_suspects_nobody_and_settles_nothing() -> None:
+    """It has requests before it that are whole; beyond the limit it does not matter."""
+    left_s = 0.5
+    ours = Judge(LIMIT, lambda each: each.received, lambda: left_s)
+    for tick in range(50):
+        finding = ours.look([connection(1, 2 * MIB)], tick * 0.1, LIMIT)
+        assert (finding.offenders, finding.is_settled) == ([], False)
+    assert ours.look([connection(1, 2 * MIB)], 5.0, LIMIT + 1).offenders
+    left_s = 5.1
+    assert ours.look([connection(1, 2 * MIB)], 5.1, LIMIT).offenders
+
+
+def test_one_who_does_not_go_on_is_closed_below_the_limit_too() -> None:
+    """Else it would be taken for what the program itself has grown by, and begin anew."""
+    now_s = 0.0
+    ours = Judge(LIMIT, lambda each: each.received - 5000, lambda: now_s)
+    for tick in range(10):
+        now_s = tick * 0.1
+        finding = ours.look([connection(1, (2 + tick) * MIB)], now_s, LIMIT)
+        assert (finding.offenders, finding.is_settled) == ([], False)
+    now_s = PATIENT_S
+    assert [each.fd for each in ours.look([connection(1, 12 * MIB)], now_s, LIMIT).offenders] == [1]
+
+
+def test_beyond_the_limit_nobody_has_patience() -> None:
+    ours = Judge(LIMIT, lambda each: each.received - 5000, lambda: 0.0)
+    assert not ours.look([connection(1, 2 * MIB)], 0.0, LIMIT).offenders
+    assert ours.look([connection(1, 2 * MIB)], 0.1, LIMIT + 1).offenders
+
+
 def test_without_proc_a_program_runs_unguarded(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object, **__: object) -> int:
         raise FileNotFoundError(2, "No such file or directory", "/proc/self/statm")
@@ -102,7 +160,7 @@ def test_without_proc_a_program_runs_unguarded(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_trifle_that_was_there_before_does_not_count() -> None:
     """Heartbeats are received and never taken: 2 KiB in a minute are forgotten, a message's beginning is not."""
-    ours = Judge(MIB, lambda each: each.received)
+    ours = Stern(MIB, lambda each: each.received)
     for minute in range(20):
         ours.forgive([connection(1, FORGIVEN_BYTES * (minute + 1)), connection(2, 50_000 * (minute + 1))])
     assert [each.fd for each in ours.look([connection(1, 80_000), connection(2, 10**6)], 0.0).offenders] == [2]

@@ -84,6 +84,20 @@ def test_a_refusal_says_nothing_but_what_was_sent_and_the_name_of_the_key() -> N
     assert messages == {"the namespace 'N' is not granted to the key of planner"}
 
 
+def test_what_was_allowed_is_remembered_with_the_grants_and_what_was_not_is_not() -> None:
+    who = identity("writer")
+    for _ in range(2):
+        assert allowed(who, "get_memory", "home")
+        assert not allowed(who, "get_memory", "work")
+        assert not allowed(who, "backup", "home")
+    assert who.allowed == {("get_memory", "home")}
+    assert identity("writer") == who, "what is remembered is no part of who it is"
+    assert not identity("writer").allowed
+    for number in range(200):
+        assert allowed(who, "get_memory", f"home/{number}")
+    assert len(who.allowed) <= 64
+
+
 class Keys:
     def __init__(self, who: Identity) -> None:
         self.who = who
@@ -138,6 +152,10 @@ def test_limits_are_those_of_whom_it_is_for(tmp_path: Path) -> None:
         guard.charge(caller, 9)
     guard.charge(Caller(asked, identity("writer", name="ada")), 3)
     guard.admit(asked._replace(action="health_check"))
+    with pytest.raises(RateLimited):  # an operator may ask it as well
+        Guard(keys=Keys(identity("operator", name="planner")), rates=rates, clock=lambda: 0.0).admit(
+            asked._replace(action="list_runs")
+        )
     assert guard.figures() == {"rate_limited": 2}
     guard.ended(caller, "success")
     assert rates_of(LimitsSettings()) is None

@@ -191,3 +191,8 @@ def test_a_library_without_sound_curve_is_refused(
     monkeypatch.setattr(zmq, "zmq_version_info", lambda: version)
     with pytest.raises(ConfigError, match=told):
         keys.check_curve()
+
+
+def test_an_empty_path_is_a_mistake_and_not_the_working_folder() -> None:
+    with pytest.raises(ConfigError, match="key_file is empty"):
+        keys.key_given("")
