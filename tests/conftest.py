@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 
+import hypothesis
 import pytest
 
 # Nobody reports to an error bus that was not asked for.
@@ -16,6 +17,9 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 # A shell starts what it runs in the background with SIGINT ignored, and children inherit that: Ctrl-C would do nothing.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# A busy machine makes examples slow, and what makes them: neither is a fault of what is tested.
+hypothesis.settings.register_profile("busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("busy")
 
 
 # Slow files first: the many quick ones then fill what is left, instead of one long file ending alone.

@@ -18,7 +18,7 @@ from tests.support.load import clients_at_work, lacking
 from tests.support.service import PROJECT, Orchestrator, free_port, running_orchestrator, wait_until
 from tests.support.stores import everything
 
-pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(240)]
 
 CONFLICTS = 3
 
@@ -147,7 +147,7 @@ def fill(orchestrator: Orchestrator, memories: int) -> None:
 def test_an_import_killed_half_way_and_repeated_ends_equal(tmp_path: Path) -> None:
     file = tmp_path / "export.jsonl"
     with running_orchestrator(folder(tmp_path, "one")) as orchestrator:
-        fill(orchestrator, 500)
+        fill(orchestrator, 1000)
         run(orchestrator, "export_memories", file)
     source = everything(orchestrator.database)
     assert file.stat().st_mode & 0o777 == 0o600
@@ -163,10 +163,10 @@ def test_an_import_killed_half_way_and_repeated_ends_equal(tmp_path: Path) -> No
             (script.kill if killed == "the script" else orchestrator.kill)()
             if killed == "the service":
                 orchestrator.start()  # the script tries again until it answers
-            script.communicate(timeout=60)
+            script.communicate(timeout=120)
             assert script.returncode == (-9 if killed == "the script" else 0)
         assert everything(orchestrator.database) == source
-        wait_until(lambda: orchestrator.ask("stats")["pending"] == 0, "every memory has its vector", 30.0)
+        wait_until(lambda: orchestrator.ask("stats")["pending"] == 0, "every memory has its vector", 90.0)
         seq = commit_seq(orchestrator)
         assert run(orchestrator, "import_memories", file).startswith("unchanged: ")
         assert commit_seq(orchestrator) == seq

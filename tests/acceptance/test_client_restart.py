@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -18,22 +17,21 @@ from typing import Any
 import pytest
 
 from memory_client import AsyncMemoryClient, MemoryClient
+from tests.support.process import free_port
 
 PROJECT = Path(__file__).resolve().parents[2]
-START_TIMEOUT_S = 20.0
-# How long the service is away. With the start of a Python process it must fit into a call's five seconds.
+START_TIMEOUT_S = 60.0
+# How long the service is away.
 AWAY_S = 1.0
 
-pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(240)]
 
 
 class Orchestrator:
     """The real program on a free port, with its data in a folder of the test's own."""
 
     def __init__(self, folder: Path) -> None:
-        with socket.socket() as sock:
-            sock.bind(("127.0.0.1", 0))
-            self.port = int(sock.getsockname()[1])
+        self.port = free_port()
         self.endpoint = f"tcp://127.0.0.1:{self.port}"
         self._log_path = folder / "output.txt"
         kept = {name: value for name, value in os.environ.items() if not name.startswith("MEMORY_")}
@@ -65,7 +63,7 @@ class Orchestrator:
     def kill(self) -> None:
         self._signal(signal.SIGKILL)
         assert self._process is not None
-        self._process.wait(10)
+        self._process.wait(30)
 
     def _signal(self, number: signal.Signals) -> None:
         assert self._process is not None
@@ -76,7 +74,7 @@ class Orchestrator:
             self._signal(signal.SIGCONT)
             self._signal(signal.SIGTERM)
             try:
-                self._process.wait(10)
+                self._process.wait(30)
             except subprocess.TimeoutExpired:
                 self.kill()
 
@@ -102,7 +100,7 @@ def restart_under_a_call(service: Orchestrator) -> None:
 def stored(service: Orchestrator) -> Counter[str]:
     """How many times each content is there."""
     contents: Counter[str] = Counter()
-    with MemoryClient(service.endpoint) as client:
+    with MemoryClient(service.endpoint, timeout_ms=30_000) as client:
         page: dict[str, Any] = {}
         while not page or page.get("next_cursor"):
             page = client.list_memories(limit=1000, cursor=page.get("next_cursor"))
@@ -112,7 +110,7 @@ def stored(service: Orchestrator) -> Counter[str]:
 
 
 def test_a_call_in_flight_succeeds_once(service: Orchestrator) -> None:
-    with MemoryClient(service.endpoint, timeout_ms=15_000) as client:
+    with MemoryClient(service.endpoint, timeout_ms=60_000) as client:
         assert client.add_memory("before")["status"] == "success"
         service.freeze()
         restarting = threading.Thread(target=restart_under_a_call, args=(service,))
@@ -127,7 +125,7 @@ def test_a_call_in_flight_succeeds_once(service: Orchestrator) -> None:
 
 def test_pipelined_calls_in_flight_succeed_once(service: Orchestrator) -> None:
     async def main() -> list[dict[str, Any]]:
-        async with AsyncMemoryClient(service.endpoint, timeout_ms=15_000) as client:
+        async with AsyncMemoryClient(service.endpoint, timeout_ms=60_000) as client:
             await client.stats()
             service.freeze()
             restarting = asyncio.create_task(asyncio.to_thread(restart_under_a_call, service))
@@ -146,7 +144,7 @@ def test_writers_through_two_kills_store_everything_once(service: Orchestrator) 
     done: Counter[str] = Counter()
     failed: list[dict[str, Any]] = []
 
-    with MemoryClient(service.endpoint, timeout_ms=30_000) as client:
+    with MemoryClient(service.endpoint, timeout_ms=60_000) as client:
 
         def write(number: int) -> None:
             turn = 0
@@ -176,7 +174,7 @@ def test_writers_through_two_kills_store_everything_once(service: Orchestrator) 
     assert stored(service) == done
 
 
-def wait_until(condition: Any, timeout_s: float = 40.0) -> None:
+def wait_until(condition: Any, timeout_s: float = 60.0) -> None:
     end_s = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < end_s

@@ -22,7 +22,7 @@ DEMO = PROJECT / "examples" / "demo.py"
 SMALL = PROJECT / "examples" / "conversation.json"
 NAMESPACE = {"namespace": "demo"}
 
-pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(240)]
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ def test_a_run_that_is_broken_off_leaves_nothing_twice(service: Orchestrator, tm
     ) as broken:
         wait_until(lambda: service.ask("stats", NAMESPACE)["sessions"] > 10, "ten sessions")
         broken.send_signal(how)
-        _, told = broken.communicate(timeout=30)
+        _, told = broken.communicate(timeout=90)
     assert service.ask("stats", NAMESPACE)["sessions"] < 150, "it was not broken off in the middle"
     if how == signal.SIGINT:
         assert (broken.returncode, told.count("\n")) == (130, 1)

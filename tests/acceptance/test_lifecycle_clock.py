@@ -12,7 +12,7 @@ from tests.support.lifecycle import DAY_S, Ageing, ageing_orchestrator, asking, 
 from tests.support.process import wait_until
 from tests.support.wire import decode, request_id
 
-pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(90)]
+pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(240)]
 
 SWEEPS = ("run_decay", "run_consolidation", "run_cleanup")
 GUARDED: dict[str, Any] = {"clock__jump_s": 60, "clock__settle_s": 600}
@@ -43,7 +43,9 @@ def test_nothing_irreversible_happens_after_a_jump(service: Ageing, jump_s: floa
         unsettled(service, action)  # and the refusal itself does not settle it
         assert service.ok(action, dry_run=True)["dry_run"] is True
     assert service.rows() == stored
-    assert service.record(memory_id)["importance"] == pytest.approx(faded(0.15, 0.1, max(0.0, jump_s) / DAY_S))
+    assert service.record(memory_id)["importance"] == pytest.approx(
+        faded(0.15, 0.1, max(0.0, jump_s) / DAY_S), rel=1e-3
+    )
     assert (expiring in service.listed()) == (jump_s < 0)  # reads follow the clock
     assert service.ok("reinforce_memory", memory_id=memory_id)["new_importance"] > 0.0
     assert service.ok("get_memory", memory_id=service.add("writes go on"))["memory"]["state"] == "active"

@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.lifecycle import DAY_S, Ageing, ageing_orchestrator, faded
 
-pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(240)]
 
 # Each has a word that no other memory has.
 WORDS = ("zanzoli", "quixley", "obelia")

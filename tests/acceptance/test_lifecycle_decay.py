@@ -12,7 +12,7 @@ import pytest
 from memory_client import MemoryClient
 from tests.support.lifecycle import DAY_S, Ageing, ageing_orchestrator, faded
 
-pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(90)]
+pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(240)]
 
 # Rates of the tiers as the documents give them, and how far two reads of one test may lie apart.
 SHORT, MEDIUM, LONG = 0.1, 0.05, 0.01

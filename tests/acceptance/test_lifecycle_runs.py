@@ -21,7 +21,7 @@ from tests.support.lifecycle import DAY_S, Ageing, ageing_orchestrator, asking
 from tests.support.process import Orchestrator, Peer, running_orchestrator, wait_until
 from tests.support.wire import Reply, decode, request_id
 
-pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(240)]
 
 JOBS = ("run_decay", "run_consolidation", "run_cleanup")
 SETTINGS = {"lifecycle__short__promote_importance": 0.4, "lifecycle__delete_enabled": "true"}

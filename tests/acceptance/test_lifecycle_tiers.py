@@ -11,7 +11,7 @@ import pytest
 from memory_client import MemoryClient
 from tests.support.lifecycle import DAY_S, Ageing, ageing_orchestrator, faded
 
-pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(90)]
+pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(240)]
 
 NEAR = 1e-4
 

@@ -27,7 +27,7 @@ class Scrape:
     """The samples of one answer, by name (without the prefix) and labels."""
 
     def __init__(self, port: int) -> None:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as reply:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=90) as reply:
             self.content_type = reply.headers["Content-Type"]
             self.families = list(text_string_to_metric_families(reply.read().decode()))
         self.samples = {
@@ -63,7 +63,9 @@ def test_the_values_are_what_was_done(tmp_path: Path) -> None:
             peer.receive()
         wait_until(lambda: settled(orchestrator), "vectors are there")
         health = orchestrator.ask("health_check")
+        file_bytes = {orchestrator.database.stat().st_size}
         scrape = Scrape(port)
+        file_bytes.add(orchestrator.database.stat().st_size)  # a checkpoint may come in between
 
         requests = {labels: value for labels, value in scrape.of("requests_total").items() if value}
         assert scrape("requests_total", action="add_memory", outcome="success") == ADDS
@@ -82,7 +84,7 @@ def test_the_values_are_what_was_done(tmp_path: Path) -> None:
         assert scrape("state", component="orchestrator", state="healthy") == 1
         assert scrape("readiness", part="redis", state="off") == 1
         assert scrape.of("breaker_state") == {}
-        assert scrape("database_bytes", part="file") == orchestrator.database.stat().st_size
+        assert scrape("database_bytes", part="file") in file_bytes
         assert abs(scrape("disk_free_bytes") - shutil.disk_usage(tmp_path).free) < 1024**3
         assert scrape("last_commit_timestamp_seconds") == pytest.approx(time.time(), abs=30)
         assert scrape("process_resident_memory_bytes") == pytest.approx(orchestrator.resident_mb() * 2**20, rel=0.2)
@@ -123,7 +125,7 @@ def test_no_port_is_open_unless_asked_for(tmp_path: Path) -> None:
 
 def test_a_program_without_metrics_does_not_load_them() -> None:
     code = "import sys, orchestrator; sys.exit('prometheus_client' in sys.modules or 'http.server' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT, timeout=30).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT, timeout=90).returncode == 0
 
 
 def listening_ports(pid: int) -> set[int]:
@@ -151,7 +153,7 @@ def test_a_taken_port_stops_the_start_with_its_reason(tmp_path: Path) -> None:
         running_orchestrator(tmp_path / "b", start=False, metrics__orchestrator_port=port) as other,
     ):
         with other.launch() as process:
-            assert process.wait(20) == 1
+            assert process.wait(45) == 1
             assert process.stderr is not None
             assert f"127.0.0.1:{port}" in process.stderr.read()
         other.environ["MEMORY__METRICS__ORCHESTRATOR_PORT"] = "0"

@@ -16,7 +16,7 @@ from memory_system import protocol
 from tests.support.process import Orchestrator, running_orchestrator, wait_until
 from tests.support.wire import ENCODINGS, check_shape, decode, encode, envelope
 
-pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(90)]
+pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(240)]
 
 
 @pytest.fixture

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import shutil
+import signal
 import sqlite3
 import subprocess
 import threading
@@ -27,7 +29,7 @@ from orchestrator import Orchestrator as Service
 from tests.support.process import Orchestrator, free_port, running_orchestrator, wait_until
 from tests.support.wire import decode, encode, envelope
 
-pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(90)]
+pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(240)]
 
 
 @pytest.fixture
@@ -42,7 +44,7 @@ def orchestrator(tmp_path: Path) -> Iterator[Orchestrator]:
 def stopped_in_time(orchestrator: Orchestrator) -> None:
     began_s = time.monotonic()
     assert orchestrator.terminate() == 0
-    assert time.monotonic() - began_s < 5.0
+    assert time.monotonic() - began_s < 15.0
 
 
 def test_what_was_accepted_is_answered_on_sigterm(tmp_path: Path) -> None:
@@ -85,14 +87,14 @@ def test_while_it_stops_requests_are_refused_or_the_connection_is_gone(orchestra
         with orchestrator.peer() as peer, contextlib.suppress(TimeoutError):
             while True:
                 peer.send(encode(envelope("add_memory", {"content": "x"}), "msgpack"))
-                reply = decode(peer.receive(2.0), "msgpack")
+                reply = decode(peer.receive(5.0), "msgpack")
                 outcomes[reply.get("error_code", "success")] += 1
                 if outcomes["success"] == 20:
                     stopping.set()
 
     caller = threading.Thread(target=ask_on)
     caller.start()
-    assert stopping.wait(20)
+    assert stopping.wait(45)
     assert orchestrator.terminate() == 0
     caller.join(20)
     assert set(outcomes) <= {"success", "shutting_down"}
@@ -124,7 +126,7 @@ def test_a_killed_orchestrator_starts_again_with_what_it_acknowledged(orchestrat
 # -- starting ---------------------------------------------------------------------------------------------------
 
 
-def ended(process: subprocess.Popen[str], timeout_s: float = 20.0) -> tuple[int, str]:
+def ended(process: subprocess.Popen[str], timeout_s: float = 45.0) -> tuple[int, str]:
     """The exit status and the one line that it left on stderr."""
     try:
         _, errors = process.communicate(timeout=timeout_s)
@@ -292,6 +294,8 @@ def test_it_serves_before_its_model_is_loaded(tmp_path: Path) -> None:
     model = {"embedding__provider": "sentence-transformers", "embedding__threads": 1}
     with running_orchestrator(tmp_path, start=False, **model) as orchestrator:
         orchestrator.start(wait=False)
+        worker = embedding_worker(orchestrator)
+        os.kill(worker, signal.SIGSTOP)  # it loads the model when all else has been looked at
         orchestrator.wait_ready()
         health = orchestrator.ask("health_check")
         assert (health["state"], health["readiness"]["embedding"]) == ("starting", "loading")
@@ -300,8 +304,9 @@ def test_it_serves_before_its_model_is_loaded(tmp_path: Path) -> None:
         assert orchestrator.ask("search_memory", query="painting")["count"] == 1
         early = orchestrator.ask("semantic_search", query="painting")
         assert (early["degraded"], early["results"][0]["memory_id"]) == (True, memory_id)
-        wait_until(lambda: orchestrator.ask("health_check")["state"] == "healthy", "the model", 60.0)
-        wait_until(lambda: orchestrator.ask("stats")["pending"] == 0, "the vector", 30.0)
+        os.kill(worker, signal.SIGCONT)
+        wait_until(lambda: orchestrator.ask("health_check")["state"] == "healthy", "the model", 90.0)
+        wait_until(lambda: orchestrator.ask("stats")["pending"] == 0, "the vector")
         late = orchestrator.ask("semantic_search", query="an art lesson", mode="dense")
         assert (late["degraded"], late["results"][0]["memory_id"]) == (False, memory_id)
         assert late["results"][0]["similarity"] > 0.3
@@ -312,14 +317,19 @@ def test_no_process_is_left_when_it_is_killed(tmp_path: Path) -> None:
     model = {"embedding__provider": "sentence-transformers", "embedding__threads": 1}
     with running_orchestrator(tmp_path, start=False, **model) as orchestrator:
         orchestrator.start()
-        children = Path(f"/proc/{orchestrator.pid}/task/{orchestrator.pid}/children")
-        wait_until(lambda: bool(children.read_text().split()), "the embedding worker")
-        workers = children.read_text().split()
+        worker = embedding_worker(orchestrator)
         orchestrator.kill()
-        wait_until(lambda: not any(running(pid) for pid in workers), "the end of the worker")
+        wait_until(lambda: not running(worker), "the end of the worker")
 
 
-def running(pid: str) -> bool:
+def embedding_worker(orchestrator: Orchestrator) -> int:
+    """Its pid, as soon as there is one."""
+    children = Path(f"/proc/{orchestrator.pid}/task/{orchestrator.pid}/children")
+    wait_until(lambda: bool(children.read_text().split()), "the embedding worker")
+    return int(children.read_text().split()[0])
+
+
+def running(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:

@@ -24,7 +24,7 @@ from tests.support.service import running_service
 from tests.support.valkey import running_valkey
 from tests.support.wire import environment, request_id
 
-pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(240)]
 
 SECRET = "the-text-that-nobody-else-may-read"
 
@@ -130,7 +130,7 @@ def test_what_stands_in_the_way_of_a_start_is_reported(tmp_path: Path, bus: Fake
     (tmp_path / "memory.db").write_bytes(b"no database, and longer than a header of one" * 10)
     with running_orchestrator(tmp_path, start=False, **reporting_to(bus)) as orchestrator:
         with orchestrator.launch() as process:
-            assert process.wait(20) == 1
+            assert process.wait(45) == 1
         (event,) = bus.events("cannot_start")
         assert event["severity"] == "critical"
         assert "memory.db" in event["message"]
@@ -143,9 +143,9 @@ def test_a_killed_embedding_worker_and_its_return_are_reported(tmp_path: Path, b
         assert bus.events() == []  # the first start is no recovery
         (worker,) = children(orchestrator.pid)
         os.kill(worker, signal.SIGKILL)
-        (lost,) = bus.wait("embedding_worker_down", 15.0)
+        (lost,) = bus.wait("embedding_worker_down", 45.0)
         assert lost["severity"] == "error"
-        bus.wait_for_heartbeat(15.0, component="orchestrator", state="degraded")
+        bus.wait_for_heartbeat(45.0, component="orchestrator", state="degraded")
         (back,) = bus.wait("embedding_worker_ready", 60.0)
         assert back["severity"] == "info"
         assert back["timestamp"] > lost["timestamp"]
@@ -155,7 +155,8 @@ def test_a_killed_embedding_worker_and_its_return_are_reported(tmp_path: Path, b
 def test_redis_that_dies_and_returns_is_reported_once_each(tmp_path: Path, bus: FakeBus) -> None:
     port = free_port()
     with running_valkey(tmp_path / "valkey", password="hush") as redis:
-        settings = reporting_to(bus, redis__url=redis.url, redis__reset_timeout_s=0.2, metrics__orchestrator_port=port)
+        patient = {"redis__reset_timeout_s": 0.2, "redis__timeout_ms": 5000}
+        settings = reporting_to(bus, redis__url=redis.url, metrics__orchestrator_port=port, **patient)
         with running_orchestrator(tmp_path, **settings) as orchestrator:
             wait_until(lambda: readiness(orchestrator)["redis"] == "ready", "Redis")
             assert orchestrator.ask("health_check")["breakers"] == {"redis": "closed"}
@@ -171,7 +172,7 @@ def test_redis_that_dies_and_returns_is_reported_once_each(tmp_path: Path, bus: 
             assert [event["error_type"] for event in bus.events()] == ["redis_unavailable", "redis_ready"] * 2
             assert "hush" not in json.dumps(bus.events())
             errors = 'memory_system_errors_total{error_type="redis_unavailable",severity="warning"} 2.0'
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as reply:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as reply:
                 assert errors in reply.read().decode()
 
 
@@ -195,7 +196,7 @@ def test_without_a_bus_it_works_and_ends_as_fast(tmp_path: Path) -> None:
             assert orchestrator.ask("add_memory", content=f"{number}")["status"] == "success"
         begun_s = time.monotonic()
         assert orchestrator.terminate() == 0
-        assert time.monotonic() - begun_s < 5.0
+        assert time.monotonic() - begun_s < 15.0
 
 
 def test_it_reports_to_the_managers_port_on_this_host_by_default(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ import pytest
 from memory_client import MemoryClient
 from tests.support.service import Orchestrator, Reply, eventually, running_orchestrator, running_service, wait_until
 
-pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(240)]
 
 # Loading the model takes some ten seconds on two busy cores.
 LOAD_S = 90.0
@@ -256,10 +256,10 @@ def test_without_the_worker_words_are_found_and_it_comes_back_by_itself(
     wait_embedded(service, client.namespace)
     killed = worker_pid(service)
     os.kill(killed, signal.SIGKILL)
-    wait_until(lambda: service.ask("health_check")["readiness"]["embedding"] != "ready", "the loss is noticed", 10.0)
+    wait_until(lambda: service.ask("health_check")["readiness"]["embedding"] != "ready", "the loss is noticed")
     began_s = time.monotonic()
     found = client.semantic_search("Who adopted a kitten and never told?")
-    assert time.monotonic() - began_s < 2.0
+    assert time.monotonic() - began_s < 4.0
     assert found["degraded"]
     assert found["degraded_reason"] == "no_query_vector"
     assert texts(found)[0] == PARAPHRASES["Does anyone own a pet?"]
@@ -282,8 +282,8 @@ def test_a_worker_that_hangs_costs_a_search_no_more_than_its_time(service: Orche
     os.kill(pid, signal.SIGSTOP)
     try:
         began_s = time.monotonic()
-        found = client.call("semantic_search", {"query": "the kitten that nobody asked for"}, deadline_ms=2_000)
-        assert time.monotonic() - began_s < 2.0
+        found = client.call("semantic_search", {"query": "the kitten that nobody asked for"}, deadline_ms=4_000)
+        assert time.monotonic() - began_s < 4.0
         assert found["degraded"]
         assert texts(found)[0] == PARAPHRASES["Does anyone own a pet?"]
         client.add_memory("Written while the model stood still.")

@@ -64,7 +64,7 @@ def refusal(orchestrator: Orchestrator) -> str:
     """The one line with which the program ends."""
     process = orchestrator.launch()
     try:
-        _, told = process.communicate(timeout=30)
+        _, told = process.communicate(timeout=90)
     finally:
         process.kill()
     assert process.returncode == 1, told

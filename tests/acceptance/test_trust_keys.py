@@ -56,7 +56,7 @@ def running(tmp_path: Path, ring: KeyRing, *, program: str = "", **overrides: An
             orchestrator.command = [sys.executable, str(PROJECT / "tests" / "programs" / program)]
         orchestrator.start(wait=False)
         with MemoryClient(orchestrator.address, error_bus="", key_file=ring.keys["observer"]) as observer:
-            wait_until(lambda: answers(observer, orchestrator), "the orchestrator answers", 30.0)
+            wait_until(lambda: answers(observer, orchestrator), "the orchestrator answers", 60.0)
         yield orchestrator
 
 
@@ -167,8 +167,8 @@ def test_a_revoked_key_is_refused_within_seconds_on_the_connection_it_has(servic
         assert leaver.ask("add_memory", content="of the leaver, before")["status"] == "success"
         ring.revoke("leaver")
         revoked_s = time.monotonic()
-        wait_until(lambda: is_denied(leaver), "it is refused", 10.0)
-        assert time.monotonic() - revoked_s < 5.0
+        wait_until(lambda: is_denied(leaver), "it is refused")
+        assert time.monotonic() - revoked_s < 15.0
         assert leaver.ask("add_memory", content="of the leaver, after")["error_code"] == "access_denied"
         assert leaver.ask("health_check")["error_code"] == "access_denied"
         assert stayer.ask("add_memory", content="of the stayer")["status"] == "success"

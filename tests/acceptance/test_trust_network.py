@@ -14,11 +14,11 @@ from memory_client import MemoryClient
 from tests.support import bad_network, crash
 from tests.support.bad_network import CLIENTS, DETECTED_S, HEARTBEAT_S, SLACK, wait_detected, write_through
 from tests.support.crash import Findings
-from tests.support.footprint import footprint
+from tests.support.footprint import footprint, sockets_of
 from tests.support.lossy_proxy import FAULTS, Fault, LossyProxy, schedule
 from tests.support.process import running_orchestrator, wait_until
 
-pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(240)]
 
 
 def seed_of_run() -> int:
@@ -51,9 +51,9 @@ def test_the_breaker_opens_in_a_silent_network_and_closes_afterwards(tmp_path: P
     with (
         running_orchestrator(tmp_path, embedding__provider="off") as orchestrator,
         LossyProxy(orchestrator.port) as proxy,
-        MemoryClient(proxy.endpoint, timeout_ms=300, failure_threshold=3, reset_timeout_s=0.4) as client,
+        MemoryClient(proxy.endpoint, timeout_ms=600, failure_threshold=3, reset_timeout_s=3.0) as client,
     ):
-        assert client.stats()["status"] == "success"
+        wait_until(lambda: client.stats()["status"] == "success", "the client is connected")
         open_before = footprint().sockets
         with proxy.faulty(kind):
             codes = [client.stats()["error_code"] for _ in range(3)]
@@ -61,9 +61,9 @@ def test_the_breaker_opens_in_a_silent_network_and_closes_afterwards(tmp_path: P
             assert client.stats()["error_code"] == "circuit_open"
             wait_until(lambda: failed_probe(client), "a probe has failed")
             assert client.get_circuit_breaker_status()["state"] == "open"
-        wait_until(lambda: client.stats()["status"] == "success", "the service is found again", 10.0)
+        wait_until(lambda: client.stats()["status"] == "success", "the service is found again")
         assert client.get_circuit_breaker_status()["state"] == "closed"
-        wait_until(lambda: footprint().sockets <= open_before + SLACK, "no socket is left", 10.0)
+        wait_until(lambda: footprint().sockets <= open_before + SLACK, "no socket is left")
 
 
 def failed_probe(client: MemoryClient) -> bool:
@@ -77,18 +77,19 @@ def test_peers_that_fall_silent_are_noticed_within_the_heartbeat_budget(tmp_path
         LossyProxy(orchestrator.port) as proxy,
         zmq.Context() as context,
     ):
-        before = footprint(orchestrator.pid).sockets
+        before = sockets_of(orchestrator.pid)
         sockets = [context.socket(zmq.DEALER) for _ in range(peers)]
         try:
             for socket in sockets:
                 socket.linger = 0
                 socket.connect(proxy.endpoint)
-            wait_until(lambda: footprint(orchestrator.pid).sockets >= before + peers, "all are connected")
+            wait_until(lambda: len(sockets_of(orchestrator.pid) - before) >= peers, "all are connected")
             time.sleep(2 * DETECTED_S)
-            assert footprint(orchestrator.pid).sockets >= before + peers  # idle peers that answer are left alone
+            connected = sockets_of(orchestrator.pid) - before
+            assert len(connected) >= peers  # idle peers that answer are left alone
             with proxy.faulty("drop"):
                 # A look at the timers may be late on a busy machine.
-                assert wait_detected(orchestrator.pid, before, DETECTED_S + 3.0) >= HEARTBEAT_S
+                assert wait_detected(orchestrator.pid, connected, DETECTED_S + 15.0) >= HEARTBEAT_S
         finally:
             for socket in sockets:
                 socket.close()
@@ -102,7 +103,7 @@ def test_the_proxy_does_what_it_is_told(tmp_path: Path) -> None:
         MemoryClient(proxy.endpoint, timeout_ms=600, attempt_timeout_ms=550, failure_threshold=1000) as client,
     ):
         for kind in FAULTS:
-            assert client.stats()["status"] == "success"
+            wait_until(lambda: client.stats()["status"] == "success", "all is well")
             accepted = proxy.accepted
             with proxy.faulty(kind):
                 replies = [client.stats() for _ in range(2)]

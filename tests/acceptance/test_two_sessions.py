@@ -15,7 +15,7 @@ from tests.support.process import PROJECT, running_orchestrator, wait_until
 EXAMPLE = PROJECT / "examples" / "two_sessions.py"
 SAID = "Please remember that she is allergic to peanuts."
 
-pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(240)]
 
 
 def shown() -> str:
@@ -43,7 +43,7 @@ def test_the_second_session_knows_what_the_first_said(tmp_path: Path) -> None:
             [sys.executable, str(EXAMPLE), "--sessions", sessions.address, "--context", context.address],
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=120,
         )
         assert done.returncode == 0, done.stderr
         left = orchestrator.ask("stats", {"namespace": "two_sessions"})

@@ -21,7 +21,7 @@ from tests.support.process import PROJECT, Orchestrator, free_port, running_orch
 PAGE = (PROJECT / "docs" / "write_an_agent.md").read_text(encoding="utf-8")
 PORT = "5600"
 
-pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(240)]
 
 
 def block(language: str, number: int = 0) -> str:
@@ -49,7 +49,7 @@ def pasted(folder: Path, orchestrator: Orchestrator) -> list[dict[str, Any]]:
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=100,
     )
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -92,7 +92,7 @@ def test_started_by_hand_the_health_manager_sees_it(tmp_path: Path) -> None:
             assert mesh.component("note_agent")["pid"] == agent.pid
         finally:
             agent.terminate()
-            assert agent.wait(10) == 0
+            assert agent.wait(30) == 0
         wait_until(lambda: mesh.component("note_agent").get("cause") == "stopped", "it signed off")
 
 

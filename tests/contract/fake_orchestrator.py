@@ -16,7 +16,11 @@ from types import TracebackType
 from typing import Any
 
 import msgpack
+import pytest
 import zmq
+
+from memory_system.breaker import CircuitBreaker
+from tests.support.process import free_port
 
 Request = dict[str, Any]
 Behaviour = Callable[[Request], list[tuple[float, bytes]]]
@@ -70,7 +74,7 @@ class FakeOrchestrator:
         self.script: deque[Behaviour] = deque()
         self.default: Behaviour = ok()
         self.most_waiting = 0
-        self._port = 0
+        self._port = free_port()  # nobody else is given it while this one is dead
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self.come_back()
@@ -92,15 +96,16 @@ class FakeOrchestrator:
         bound = threading.Event()
         self._thread = threading.Thread(target=self._serve, args=(bound,), daemon=True)
         self._thread.start()
-        assert bound.wait(5.0)
+        assert bound.wait(30.0)
 
     def die(self) -> None:
         self._stop.set()
         if self._thread is not None:
-            self._thread.join(5.0)
+            self._thread.join(30.0)
+            assert not self._thread.is_alive()
             self._thread = None
 
-    def wait_for(self, count: int, timeout_s: float = 5.0) -> None:
+    def wait_for(self, count: int, timeout_s: float = 15.0) -> None:
         """Until so many requests have arrived."""
         end_s = time.monotonic() + timeout_s
         while len(self.requests) < count:
@@ -122,16 +127,15 @@ class FakeOrchestrator:
             self._loop(router)
 
     def _bind(self, router: zmq.Socket[bytes]) -> None:
-        end_s = time.monotonic() + 3.0
+        end_s = time.monotonic() + 20.0
         while True:
             try:
-                router.bind(f"tcp://127.0.0.1:{self._port or '*'}")
-                break
+                router.bind(self.endpoint)
+                return
             except zmq.ZMQError:  # the port of the socket just closed is released by a thread of libzmq
                 if time.monotonic() > end_s:
                     raise
                 time.sleep(0.01)
-        self._port = int(router.getsockopt(zmq.LAST_ENDPOINT).decode().rsplit(":", 1)[1].rstrip("\0"))
 
     def _loop(self, router: zmq.Socket[bytes]) -> None:
         due: list[tuple[float, int, list[bytes]]] = []
@@ -147,6 +151,12 @@ class FakeOrchestrator:
             self.most_waiting = max(self.most_waiting, len(due))
             while due and due[0][0] <= time.monotonic():
                 router.send_multipart(heapq.heappop(due)[2])
+
+
+def after_the_reset_timeout(monkeypatch: pytest.MonkeyPatch, reset_timeout_s: float) -> None:
+    """From now on circuit breakers are asked as if so much time had passed since they opened."""
+    allow = CircuitBreaker.allow
+    monkeypatch.setattr(CircuitBreaker, "allow", lambda breaker, now_s: allow(breaker, now_s + reset_timeout_s))
 
 
 def descriptors() -> int:

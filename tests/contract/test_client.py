@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import threading
 import time
 from collections.abc import Callable
@@ -10,7 +11,17 @@ from typing import Any
 import pytest
 
 from memory_system import errors, protocol
-from tests.contract.fake_orchestrator import FakeOrchestrator, busy, descriptors, drop, error, ok, raw, stale
+from tests.contract.fake_orchestrator import (
+    FakeOrchestrator,
+    after_the_reset_timeout,
+    busy,
+    descriptors,
+    drop,
+    error,
+    ok,
+    raw,
+    stale,
+)
 
 NOWHERE = "tcp://127.0.0.1:1"  # a reserved port that nothing listens on
 
@@ -57,15 +68,16 @@ def test_not_now_is_repeated_with_the_same_request_id(
 def test_busy_waits_as_long_as_asked(make: Callable[..., Any], server: FakeOrchestrator) -> None:
     server.script.extend([busy(300.0), ok()])
     started_s = time.monotonic()
-    make().stats()
-    assert 0.3 <= time.monotonic() - started_s < 2.0
+    make(timeout_ms=30_000).stats()
+    assert 0.3 <= time.monotonic() - started_s < 10.0
 
 
 def test_busy_to_the_end_is_the_answer_and_never_opens_the_breaker(
     make: Callable[..., Any], server: FakeOrchestrator
 ) -> None:
-    server.default = busy(30.0)
-    client = make(timeout_ms=1000, failure_threshold=1)
+    # No attempt is made shortly before the end: its answer could come too late.
+    server.default = busy(1000.0)
+    client = make(timeout_ms=2000, failure_threshold=1)
     for _ in range(2):
         reply = client.add_memory("x")
         assert (reply["error_code"], reply["outcome"]) == ("busy", "failed")
@@ -75,21 +87,23 @@ def test_busy_to_the_end_is_the_answer_and_never_opens_the_breaker(
 def test_a_wait_beyond_the_deadline_is_not_waited_for(make: Callable[..., Any], server: FakeOrchestrator) -> None:
     server.default = busy(60_000.0)
     started_s = time.monotonic()
-    assert make().stats()["error_code"] == "busy"
-    assert time.monotonic() - started_s < 2.0
+    assert make(timeout_ms=50_000).stats()["error_code"] == "busy"
+    assert time.monotonic() - started_s < 10.0
 
 
 def test_a_lost_reply_is_asked_for_again_with_the_same_request_id(
     make: Callable[..., Any], server: FakeOrchestrator
 ) -> None:
-    server.script.extend([drop, ok(mark=1)])
-    assert make(attempt_timeout_ms=100).add_memory("x")["mark"] == 1
-    assert list(server.bodies_by_id.values()) == [2]
+    server.script.append(drop)
+    server.default = ok(mark=1)
+    assert make(timeout_ms=30_000, attempt_timeout_ms=200).add_memory("x")["mark"] == 1
+    [arrived] = server.bodies_by_id.values()
+    assert arrived >= 2
 
 
 def test_by_default_a_silent_attempt_is_repeated_once(make: Callable[..., Any], server: FakeOrchestrator) -> None:
     server.default = drop
-    reply = make(timeout_ms=400).add_memory("x")
+    reply = make(timeout_ms=2000).add_memory("x")
     assert (reply["error_code"], reply["outcome"], reply["retryable"]) == ("timeout", "unknown", True)
     assert list(server.bodies_by_id.values()) == [2]
 
@@ -100,14 +114,14 @@ def test_the_deadline_holds(make: Callable[..., Any], server: FakeOrchestrator) 
     started_s = time.monotonic()
     client.stats()
     client.call("stats", deadline_ms=100)
-    assert 0.39 <= time.monotonic() - started_s < 1.5
+    assert 0.39 <= time.monotonic() - started_s < 4.0, "by default a call may take 5 s"
 
 
 def test_a_slow_reply_within_the_attempt_is_not_asked_for_twice(
     make: Callable[..., Any], server: FakeOrchestrator
 ) -> None:
     server.default = ok(delay_s=0.5)
-    assert make(timeout_ms=5000).stats()["status"] == "success"
+    assert make(timeout_ms=30_000).stats()["status"] == "success"
     assert len(server.requests) == 1
 
 
@@ -118,9 +132,9 @@ def test_no_server_is_unreachable_and_not_sent(make: Callable[..., Any]) -> None
 
 def test_an_endpoint_that_is_none_is_unreachable_at_once(make: Callable[..., Any]) -> None:
     started_s = time.monotonic()
-    reply = make("nonsense").stats()
+    reply = make("nonsense", timeout_ms=50_000).stats()
     assert (reply["error_code"], reply["outcome"]) == ("unreachable", "not_sent")
-    assert time.monotonic() - started_s < 2.0
+    assert time.monotonic() - started_s < 10.0
 
 
 @pytest.mark.parametrize("body", [b"", b"\xc1", b"hello", b"[]", b"{}", b'{"status": "fine"}', b"\x90"])
@@ -133,8 +147,9 @@ def test_garbage_is_an_invalid_reply(body: bytes, make: Callable[..., Any], serv
 
 
 def test_the_reply_to_another_request_is_dropped(make: Callable[..., Any], server: FakeOrchestrator) -> None:
-    server.script.extend([stale, ok(mark="mine")])
-    assert make(attempt_timeout_ms=200).stats()["mark"] == "mine"
+    server.script.append(stale)
+    server.default = ok(mark="mine")
+    assert make(timeout_ms=30_000, attempt_timeout_ms=200).stats()["mark"] == "mine"
 
 
 def test_an_error_without_a_request_id_answers_the_only_call(
@@ -157,12 +172,12 @@ def test_a_server_that_is_killed_and_restarted_costs_time_only(
     thread = threading.Thread(target=restart)
     thread.start()
     started_s = time.monotonic()
-    reply = make(timeout_ms=10_000).add_memory("x")
+    reply = make(timeout_ms=50_000).add_memory("x")
     taken_s = time.monotonic() - started_s
     thread.join()
     assert reply["mark"] == 1
     assert list(server.bodies_by_id.values()) == [2]
-    assert taken_s < 3.0, "a lost connection is noticed at once, not after half of the budget"
+    assert taken_s < 15.0, "a lost connection is noticed at once, not after half of the budget"
 
 
 def test_too_large_is_not_sent(make: Callable[..., Any], server: FakeOrchestrator) -> None:
@@ -206,53 +221,57 @@ def test_nonsense_options_are_refused(options: dict[str, Any], make: Callable[..
         make(**options)
 
 
-def test_the_breaker_on_the_wire(make: Callable[..., Any], server: FakeOrchestrator) -> None:
+def test_the_breaker_on_the_wire(
+    make: Callable[..., Any], server: FakeOrchestrator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     server.default = drop
-    client = make(timeout_ms=250, failure_threshold=2, reset_timeout_s=0.5)
+    client = make(timeout_ms=600, failure_threshold=2, reset_timeout_s=60.0)
     assert client.get_circuit_breaker_status() == {
         "state": "closed",
         "failure_count": 0,
         "failure_threshold": 2,
         "last_failure_time": None,
-        "reset_timeout_s": 0.5,
+        "reset_timeout_s": 60.0,
         "next_attempt_in_s": 0.0,
     }
     for _ in range(2):
         assert client.stats()["error_code"] == "timeout"
     status = client.get_circuit_breaker_status()
     assert (status["state"], status["failure_count"]) == ("open", 2)
-    assert 0.0 < status["next_attempt_in_s"] <= 0.5
-    assert abs(status["last_failure_time"] - time.time()) < 5.0
+    assert 0.0 < status["next_attempt_in_s"] <= 60.0
+    assert abs(status["last_failure_time"] - time.time()) < 30.0
     sent = len(server.requests)
     reply = client.stats()
     assert (reply["error_code"], reply["outcome"]) == ("circuit_open", "not_sent")
-    assert 0.0 <= reply["details"]["retry_after_ms"] <= 500.0
+    assert 0.0 < reply["details"]["retry_after_ms"] <= 60_000.0
     assert len(server.requests) == sent
-    time.sleep(0.55)
+    after_the_reset_timeout(monkeypatch, 60.0)
     assert client.stats()["error_code"] == "timeout"  # the probe
     assert client.get_circuit_breaker_status()["state"] == "open"
-    time.sleep(0.55)
     server.default = ok()
     assert client.stats()["status"] == "success"
     assert client.get_circuit_breaker_status()["state"] == "closed"
 
 
 def test_an_error_reply_closes_the_breaker(make: Callable[..., Any], server: FakeOrchestrator) -> None:
-    server.script.extend([drop, drop])
+    server.default = drop
+    client = make(timeout_ms=20_000, failure_threshold=2)
+    assert client.call("stats", deadline_ms=250)["status"] == "error"
+    assert client.get_circuit_breaker_status()["failure_count"] == 1
     server.default = error("memory_not_found")
-    client = make(timeout_ms=250, failure_threshold=2)
-    client.stats()
-    client.stats()
+    assert client.stats()["error_code"] == "memory_not_found"
     assert client.get_circuit_breaker_status()["failure_count"] == 0
 
 
 def test_an_open_breaker_fails_in_microseconds_and_can_be_reset(make: Callable[..., Any]) -> None:
     client = make(NOWHERE, timeout_ms=50, failure_threshold=1)
     client.stats()
-    started_s = time.monotonic()
+    took_s = []
     for _ in range(100):
+        started_s = time.monotonic()
         assert client.stats()["error_code"] == "circuit_open"
-    assert (time.monotonic() - started_s) / 100 < 0.005
+        took_s.append(time.monotonic() - started_s)
+    assert statistics.median(took_s) < 0.005
     client.reset_circuit_breaker()
     assert client.get_circuit_breaker_status()["state"] == "closed"
     assert client.stats()["error_code"] == "unreachable"
@@ -282,7 +301,7 @@ def test_two_hundred_timeouts_leak_no_descriptor(make: Callable[..., Any], serve
     before = descriptors()
     for _ in range(200):
         client.stats()
-    end_s = time.monotonic() + 5.0  # libzmq closes sockets in a thread of its own
+    end_s = time.monotonic() + 30.0  # libzmq closes sockets in a thread of its own
     while descriptors() > before + 5:
         assert time.monotonic() < end_s, (before, descriptors())
         time.sleep(0.01)

@@ -35,7 +35,7 @@ def test_many_threads_share_a_client(server: FakeOrchestrator) -> None:
             thread.join()
         assert failures == []
         assert len(server.requests) == 32 * 50
-        end_s = time.monotonic() + 5.0
+        end_s = time.monotonic() + 30.0
         while descriptors() > before + 12:  # the sockets of ended threads are closed, without close()
             assert time.monotonic() < end_s, (before, descriptors())
             time.sleep(0.01)
@@ -44,14 +44,14 @@ def test_many_threads_share_a_client(server: FakeOrchestrator) -> None:
 def test_close_ends_calls_of_other_threads(server: FakeOrchestrator) -> None:
     server.default = drop
     replies: list[dict[str, Any]] = []
-    client = MemoryClient(server.endpoint, timeout_ms=20_000)
+    client = MemoryClient(server.endpoint, timeout_ms=50_000)
     thread = threading.Thread(target=lambda: replies.append(client.add_memory("x")))
     thread.start()
     server.wait_for(1)
     started_s = time.monotonic()
     client.close()
     thread.join()
-    assert time.monotonic() - started_s < 2.0
+    assert time.monotonic() - started_s < 10.0
     assert [(reply["error_code"], reply["outcome"]) for reply in replies] == [("client_closed", "unknown")]
 
 
@@ -76,7 +76,7 @@ def test_a_forked_child_uses_a_socket_of_its_own(server: FakeOrchestrator) -> No
     script = f"""
 import os, sys
 from memory_client import MemoryClient
-client = MemoryClient({server.endpoint!r}, timeout_ms=5000)
+client = MemoryClient({server.endpoint!r}, timeout_ms=20_000)
 assert client.add_memory("parent")["status"] == "success"
 child = os.fork()
 if child == 0:
@@ -165,6 +165,6 @@ print("done")
 def test_clients_that_nobody_closed_hold_up_nothing(server: FakeOrchestrator) -> None:
     """A context that is collected before its sockets waits for them for ever."""
     done = subprocess.run(
-        [sys.executable, "-c", FORGOTTEN, server.endpoint], cwd=ROOT, capture_output=True, text=True, timeout=30
+        [sys.executable, "-c", FORGOTTEN, server.endpoint], cwd=ROOT, capture_output=True, text=True, timeout=90
     )
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr

@@ -180,7 +180,7 @@ async def test_the_check_holds_up_no_write(service: Service) -> None:
             db.execute("BEGIN")
             db.execute("SELECT count(*) FROM memories").fetchone()
             entered.set()
-            assert go.wait(10.0)
+            assert go.wait(30.0)
             db.execute("ROLLBACK")
 
         return stopped

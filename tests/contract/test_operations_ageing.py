@@ -80,7 +80,7 @@ async def test_an_update_brings_the_archived_back(service: Service) -> None:
 async def test_reinforcing_brings_the_archived_back(service: Service) -> None:
     memory_id, group_id, parent_id = await archived_memory(service)
     reply = await service.ok("reinforce_memory", memory_id=memory_id, reinforcement_factor=1.1)
-    assert reply["new_importance"] == pytest.approx(0.3)
+    assert reply["new_importance"] == pytest.approx(0.3, rel=1e-4)
     assert all((await everywhere(service, memory_id, group_id, parent_id)).values())
     record = await service.record(memory_id)
     assert (record["state"], record["access_count"]) == ("active", 1)
@@ -99,7 +99,7 @@ async def test_an_update_may_archive_and_may_name_the_importance_on_the_way_back
     reply = await service.ok(
         "update_memory", memory_id=memory_id, update_payload={"state": "active", "importance": 0.2}
     )
-    assert reply["memory"]["importance"] == pytest.approx(0.2)
+    assert reply["memory"]["importance"] == pytest.approx(0.2, rel=1e-4)
     assert stored(service, memory_id, "archived_at") == (None,)
 
 

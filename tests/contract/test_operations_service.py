@@ -19,6 +19,7 @@ PROTOCOL = (PROJECT / "docs" / "protocol.md").read_text(encoding="utf-8")
 
 @service_test()
 async def test_health(service: Service) -> None:
+    await service.ok("stats")
     await service.settled()
     health = await service.ok("health_check")
     assert health["state"] == "healthy"

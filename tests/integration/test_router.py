@@ -37,7 +37,7 @@ NETWORK = NetworkSettings()
 Scenario = Callable[[], Awaitable[None]]
 
 
-def run(scenario: Scenario, timeout_s: float = 30.0) -> None:
+def run(scenario: Scenario, timeout_s: float = 120.0) -> None:
     async def bounded() -> None:
         await asyncio.wait_for(scenario(), timeout_s)
 
@@ -544,7 +544,7 @@ def test_a_program_of_twenty_lines_serves_and_ends(tmp_path: Path, number: str) 
             peer.send(call("double", number=21)[1])
             assert msgpack.unpackb(peer.receive(20.0))["number"] == 42
             process.send_signal(getattr(signal, number))
-            assert process.wait(10) == 0
+            assert process.wait(30) == 0
             assert process.stderr is not None and process.stderr.read() == ""
     finally:
         context.destroy(linger=0)
@@ -567,7 +567,7 @@ def test_what_a_program_cannot_start_with_is_one_line(
             taken = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
             overrides = {"network__port": taken.getsockname()[1]}
         process = stack.enter_context(doubler(tmp_path, **{"network__port": free_port(), **overrides}))
-        _, errors = process.communicate(timeout=20)
+        _, errors = process.communicate(timeout=90)
         assert process.returncode == status, errors
         (line,) = errors.splitlines()
         assert line.startswith("doubler: ") and part in line

@@ -53,16 +53,16 @@ class Tail:
         threading.Thread(target=read, daemon=True).start()
         return lines
 
-    def line(self, timeout_s: float = 20.0) -> str:
+    def line(self, timeout_s: float = 45.0) -> str:
         return self.out.get(timeout=timeout_s)
 
     def lines(self, number: int) -> list[str]:
         return [self.line() for _ in range(number)]
 
-    def complaint(self, timeout_s: float = 20.0) -> str:
+    def complaint(self, timeout_s: float = 45.0) -> str:
         return self.err.get(timeout=timeout_s)
 
-    def end(self, timeout_s: float = 20.0) -> int:
+    def end(self, timeout_s: float = 45.0) -> int:
         return self.process.wait(timeout_s)
 
 
@@ -101,7 +101,7 @@ def shown(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
         env={**kept, "MEMORY_CONFIG": os.devnull, **environ},
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=90,
     )
 
 
@@ -171,7 +171,7 @@ def test_a_terminal_gets_colours(manager: FakeManager, environ: dict[str, str], 
     kept = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
     try:
         command = [sys.executable, str(SCRIPT), "--no-follow", *at(manager)]
-        done = subprocess.run(command, env={**kept, "TERM": "xterm", **environ}, stdout=theirs, timeout=30)
+        done = subprocess.run(command, env={**kept, "TERM": "xterm", **environ}, stdout=theirs, timeout=90)
         assert done.returncode == 0
         line = os.read(ours, 4096)
     finally:
@@ -340,7 +340,7 @@ def test_a_reader_that_goes_ends_it_quietly(manager: FakeManager) -> None:
     for number in range(1000):
         manager.report(message=str(number), details={"padding": "x" * 2000})
     command = f'"{sys.executable}" "{SCRIPT}" --json --lines 1000 {" ".join(at(manager))} | head -n 1'
-    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=30)
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=90)
     assert json.loads(done.stdout)["message"] == "0"
     assert done.stderr == ""
 

@@ -53,13 +53,13 @@ class Agent:
                 stderr=subprocess.STDOUT,
             )
 
-    def wait_state(self, state: str = "healthy", timeout_s: float = 20.0) -> None:
+    def wait_state(self, state: str = "healthy", timeout_s: float = 60.0) -> None:
         """Return when this very process says that it is in this state."""
 
         def is_so() -> bool:
             assert self.process is not None and self.process.poll() is None, f"the agent ended: {self.output()}"
             with contextlib.suppress(TimeoutError):
-                reply = self.ask("health_check", timeout_s=0.5)
+                reply = self.ask("health_check", timeout_s=2.0)
                 return bool(reply["pid"] == self.pid and reply["state"] == state)
             return False
 
@@ -69,12 +69,12 @@ class Agent:
         return Peer(self.context, self.address, dealer=dealer, **options)
 
     def ask(
-        self, action: str, around: dict[str, Any] | None = None, /, *, timeout_s: float = 10.0, **data: Any
+        self, action: str, around: dict[str, Any] | None = None, /, *, timeout_s: float = 30.0, **data: Any
     ) -> Reply:
         """A `v: 1` request with a new request_id; `around` overrides what stands beside the data."""
         return self.ask_raw(envelope(action, data, **(around or {})), timeout_s=timeout_s)
 
-    def ask_raw(self, request: Any, encoding: str = "msgpack", *, timeout_s: float = 10.0) -> Reply:
+    def ask_raw(self, request: Any, encoding: str = "msgpack", *, timeout_s: float = 30.0) -> Reply:
         """A request as it is, and its reply in the same encoding."""
         with self.peer() as peer:
             peer.send(encode(request, encoding))
@@ -95,7 +95,7 @@ class Agent:
         """What the process wrote to stdout and stderr."""
         return (self.folder / f"{self.program.stem}.output").read_text(errors="replace")
 
-    def terminate(self, timeout_s: float = 10.0) -> int:
+    def terminate(self, timeout_s: float = 30.0) -> int:
         """Send SIGTERM and return the exit status."""
         assert self.process is not None
         self.process.terminate()
@@ -104,7 +104,7 @@ class Agent:
     def kill(self) -> None:
         assert self.process is not None
         self.process.send_signal(signal.SIGKILL)
-        self.process.wait(10)
+        self.process.wait(30)
 
     def restart(self) -> None:
         """Kill it if it runs, and start it anew on the same port."""
@@ -117,7 +117,7 @@ class Agent:
         if self.process is not None:
             if self.process.poll() is None:
                 self.process.kill()
-            self.process.wait(10)
+            self.process.wait(30)
         self.context.destroy(linger=0)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from tests.support import crash
 from tests.support.crash import Entry, Findings
-from tests.support.footprint import Footprint, footprint
+from tests.support.footprint import Footprint, footprint, sockets_of
 from tests.support.lossy_proxy import Fault, LossyProxy
 from tests.support.process import running_orchestrator, wait_until
 
@@ -88,7 +88,7 @@ def write_through(faults: list[Fault], folder: Path, seed: int, *, idempotency: 
     return Aftermath(findings, entries, before, after, sampler.most_sockets, own_before, own_after)
 
 
-def shrunk(look: Callable[[], Footprint], to: Footprint, timeout_s: float = 15.0) -> Footprint:
+def shrunk(look: Callable[[], Footprint], to: Footprint, timeout_s: float = 45.0) -> Footprint:
     """What a process holds when it holds no more than it did, or else after the timeout."""
     deadline_s = time.monotonic() + timeout_s
     while (now := look()).sockets > to.sockets + SLACK and time.monotonic() < deadline_s:
@@ -118,10 +118,10 @@ class _Sampler(threading.Thread):
             self.most_sockets = max(self.most_sockets, footprint(self._pid).sockets)
 
 
-def wait_detected(pid: int, sockets: int, within_s: float) -> float:
-    """Seconds until a process has no more than so many sockets; fails after `within_s`."""
+def wait_detected(pid: int, dead: set[str], within_s: float) -> float:
+    """Seconds until a process has closed these of its sockets, whatever came since; fails after `within_s`."""
     began_s = time.monotonic()
-    wait_until(lambda: footprint(pid).sockets <= sockets, "dead connections are closed", within_s)
+    wait_until(lambda: not dead & sockets_of(pid), "dead connections are closed", within_s)
     return time.monotonic() - began_s
 
 

@@ -109,7 +109,7 @@ def crowd(
     finally:
         for process in processes:
             process.kill()
-            process.wait(10)
+            process.wait(30)
             for pipe in (process.stdin, process.stdout):
                 if pipe is not None:
                     pipe.close()

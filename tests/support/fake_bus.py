@@ -47,12 +47,12 @@ class FakeBus:
         with self._changed:
             return list(self._heartbeats)
 
-    def wait(self, error_type: str, timeout_s: float = 10.0, count: int = 1) -> list[Event]:
+    def wait(self, error_type: str, timeout_s: float = 30.0, count: int = 1) -> list[Event]:
         """The events of this type, once there are so many of them."""
         self._wait(lambda: len(self.events(error_type)) >= count, f"{count} x {error_type}", timeout_s)
         return self.events(error_type)
 
-    def wait_for_heartbeat(self, timeout_s: float = 10.0, **fields: Any) -> dict[str, Any]:
+    def wait_for_heartbeat(self, timeout_s: float = 30.0, **fields: Any) -> dict[str, Any]:
         def found() -> list[dict[str, Any]]:
             return [beat for beat in self.heartbeats() if fields.items() <= beat.items()]
 

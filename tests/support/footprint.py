@@ -25,13 +25,23 @@ class Footprint:
 def footprint(pid: int | None = None) -> Footprint:
     """Of a process, this one by default."""
     process = Path(f"/proc/{pid or os.getpid()}")
+    kinds = _open_files(process)
+    status = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
+    sockets = sum(kind.startswith("socket:") for kind in kinds)
+    return Footprint(len(kinds), sockets, int(status["Threads"]), int(status["VmRSS"].split()[0]))
+
+
+def sockets_of(pid: int) -> set[str]:
+    """The sockets that a process has open, each by its inode."""
+    return {kind for kind in _open_files(Path(f"/proc/{pid}")) if kind.startswith("socket:")}
+
+
+def _open_files(process: Path) -> list[str]:
     kinds = []
     for file in os.listdir(process / "fd"):
         with contextlib.suppress(FileNotFoundError):  # closed since it was listed
             kinds.append(os.readlink(process / "fd" / file))
-    status = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
-    sockets = sum(kind.startswith("socket:") for kind in kinds)
-    return Footprint(len(kinds), sockets, int(status["Threads"]), int(status["VmRSS"].split()[0]))
+    return kinds
 
 
 def wal_kib(database: Path) -> int:

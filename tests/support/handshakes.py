@@ -22,7 +22,7 @@ _RESULTS = {
 }
 
 
-def knock(endpoint: str, key: KeyFile | None, kind: int = zmq.DEALER, *, timeout_s: float = 10.0) -> str:
+def knock(endpoint: str, key: KeyFile | None, kind: int = zmq.DEALER, *, timeout_s: float = 30.0) -> str:
     """Connect once with this key and wait for the end of the handshake. CLOSED counts when it happens three times: a
     peer that hangs up says nothing of why."""
     context: zmq.Context[Any] = zmq.Context()

@@ -35,7 +35,7 @@ def ready(kind: bytes = b"DEALER") -> bytes:
     return frame(b"\x05READY" + properties, COMMAND)
 
 
-def connect(port: int, timeout_s: float = 5.0) -> socket.socket:
+def connect(port: int, timeout_s: float = 20.0) -> socket.socket:
     return socket.create_connection(("127.0.0.1", port), timeout=timeout_s)
 
 

@@ -62,7 +62,7 @@ class FakeIngest:
         bound = threading.Event()
         self._thread = threading.Thread(target=self._serve, args=(bound,), daemon=True)
         self._thread.start()
-        assert bound.wait(10.0)
+        assert bound.wait(30.0)
 
     def die(self) -> None:
         self._stop.set()
@@ -142,7 +142,7 @@ def numbers(count: int) -> set[str]:
     return {f"e{number}" for number in range(count)}
 
 
-def acknowledged(reporter: ErrorReporter, count: int, timeout_s: float = 20.0) -> None:
+def acknowledged(reporter: ErrorReporter, count: int, timeout_s: float = 45.0) -> None:
     """Wait until so many of its events are."""
     wait_until(lambda: reporter.stats()["acknowledged"] >= count, f"{count} events acknowledged", timeout_s)
 

@@ -76,7 +76,7 @@ class LossyProxy(threading.Thread):
 
     def __enter__(self) -> LossyProxy:
         self.start()
-        assert self._listening.wait(10)
+        assert self._listening.wait(30)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -139,7 +139,7 @@ class LossyProxy(threading.Thread):
     def _in_loop(self, do: Callable[[], None]) -> None:
         done = threading.Event()
         self._loop.call_soon_threadsafe(lambda: (do(), done.set()))
-        assert done.wait(10)
+        assert done.wait(30)
 
     def _set(self, kind: str | None) -> None:
         for connection in list(self._connections):

@@ -118,7 +118,7 @@ class Mesh:
             cwd=self.folder,
             capture_output=True,
             text=True,
-            timeout=90,
+            timeout=180,
         )
 
     def start_program(self, program: str) -> None:
@@ -154,7 +154,7 @@ class Mesh:
         """Kill the program; without supervisor, return when its process is gone."""
         killed_s = self.send_signal(program, signal.SIGKILL)
         if not self.supervised:
-            self._children[program].wait(10)
+            self._children[program].wait(30)
         return killed_s
 
     def sigstop(self, program: str) -> float:
@@ -177,7 +177,7 @@ class Mesh:
 
     # -- questions ----------------------------------------------------------------------------------------------
 
-    def ask(self, program: str, action: str, /, *, timeout_s: float = 10.0, **data: Any) -> Reply:
+    def ask(self, program: str, action: str, /, *, timeout_s: float = 30.0, **data: Any) -> Reply:
         """One request over a REQ socket of its own, as JSON. Raises TimeoutError."""
         return self.ask_raw(program, {"v": 1, "action": action, "data": data}, timeout_s=timeout_s)
 
@@ -185,7 +185,7 @@ class Mesh:
         """The same with another key; `around` stands beside the data."""
         return self.ask_raw(program, {"v": 1, "action": action, "data": data, **(around or {})}, key=key)
 
-    def ask_raw(self, program: str, request: Any, *, timeout_s: float = 10.0, key: KeyFile | None = None) -> Reply:
+    def ask_raw(self, program: str, request: Any, *, timeout_s: float = 30.0, key: KeyFile | None = None) -> Reply:
         with self._context.socket(zmq.REQ) as sock:
             sock.linger = 0
             apply_client(sock, key or self.key)
@@ -207,7 +207,7 @@ class Mesh:
             return int(self.ask(program, "health_check", timeout_s=timeout_s)["pid"])
         return 0
 
-    def wait_answer(self, program: str, *, besides: int = 0, timeout_s: float = 20.0) -> float:
+    def wait_answer(self, program: str, *, besides: int = 0, timeout_s: float = 60.0) -> float:
         """Wait until a process other than `besides` answers; returns the monotonic time at which it did."""
         wait_until(lambda: self.answers(program) not in (0, besides), f"{program} answers", timeout_s)
         return time.monotonic()
@@ -217,7 +217,7 @@ class Mesh:
         picture = self.succeed("health_manager", "get_health")["results"]
         return next((each for each in picture if each["component"] == name), {})
 
-    def wait_state(self, name: str, state: str, timeout_s: float = 20.0) -> Row:
+    def wait_state(self, name: str, state: str, timeout_s: float = 60.0) -> Row:
         """Wait until get_health gives the component this state; returns what it says of it."""
         seen: list[Row] = [{}]
 
@@ -292,7 +292,7 @@ class Mesh:
         finally:
             self._signal_all(signal.SIGKILL)
             for child in self._children.values():
-                child.wait(10)
+                child.wait(30)
             wait_until(lambda: not self.processes(), "no process of the mesh is left")
 
     def _stop(self) -> None:
@@ -305,7 +305,7 @@ class Mesh:
             child.terminate()
         for child in self._children.values():
             with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(10)
+                child.wait(30)
 
     def _signal_all(self, number: signal.Signals) -> None:
         for pid in self.processes():

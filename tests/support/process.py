@@ -42,7 +42,7 @@ def free_port() -> int:
             return port
 
 
-def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 15.0) -> None:
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 45.0) -> None:
     deadline_s = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline_s, f"not within {timeout_s} s: {what}"
@@ -69,7 +69,7 @@ class Peer:
     def send(self, body: bytes) -> None:
         self.socket.send_multipart([b"", body] if self.dealer else [body])
 
-    def receive(self, timeout_s: float = 10.0) -> bytes:
+    def receive(self, timeout_s: float = 30.0) -> bytes:
         if not self.socket.poll(int(timeout_s * 1000)):
             raise TimeoutError(f"no reply within {timeout_s} s")
         frames = self.socket.recv_multipart()
@@ -131,18 +131,18 @@ class Orchestrator:
         if wait:
             self.wait_ready()
 
-    def wait_ready(self, timeout_s: float = 20.0) -> None:
+    def wait_ready(self, timeout_s: float = 60.0) -> None:
         """Return when this very process answers."""
         deadline_s = time.monotonic() + timeout_s
         while time.monotonic() < deadline_s:
             assert self.alive, f"the orchestrator ended: {self.errors()}"
             with contextlib.suppress(TimeoutError):
-                if self.ask("health_check", timeout_s=0.5)["pid"] == self.pid:
+                if self.ask("health_check", timeout_s=2.0)["pid"] == self.pid:
                     return
         raise AssertionError("the orchestrator does not answer")
 
     def ask(
-        self, action: str, around: dict[str, Any] | None = None, /, *, timeout_s: float = 10.0, **data: Any
+        self, action: str, around: dict[str, Any] | None = None, /, *, timeout_s: float = 30.0, **data: Any
     ) -> Reply:
         with self.peer() as peer:
             peer.send(encode(envelope(action, data, **(around or {})), "msgpack"))
@@ -155,7 +155,7 @@ class Orchestrator:
         pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
-    def terminate(self, timeout_s: float = 10.0) -> int:
+    def terminate(self, timeout_s: float = 30.0) -> int:
         """Send SIGTERM and return the exit status."""
         assert self.process is not None
         self.process.terminate()
@@ -164,7 +164,7 @@ class Orchestrator:
     def kill(self) -> None:
         assert self.process is not None
         self.process.send_signal(signal.SIGKILL)
-        self.process.wait(10)
+        self.process.wait(30)
         self._forget()
 
     def restart(self) -> None:
@@ -177,13 +177,13 @@ class Orchestrator:
     def errors(self) -> str:
         """What an ended process wrote to stderr."""
         assert self.process is not None
-        return self.process.communicate(timeout=10)[1]
+        return self.process.communicate(timeout=30)[1]
 
     def close(self) -> None:
         if self.process is not None:
             if self.alive:
                 self.process.kill()
-            self.process.wait(10)
+            self.process.wait(30)
             self._forget()
         self.context.destroy(linger=0)
 

@@ -148,7 +148,7 @@ class SchedulerProcess:
             return bool(self.ask("health_check", timeout_s=0.5)["pid"] == self.pid)
         return False
 
-    def ask(self, action: str, *, timeout_s: float = 10.0, around: dict[str, Any] | None = None, **data: Any) -> Reply:
+    def ask(self, action: str, *, timeout_s: float = 30.0, around: dict[str, Any] | None = None, **data: Any) -> Reply:
         with Peer(self._context, self.address) as peer:
             peer.send(encode(envelope(action, data, **(around or {})), "msgpack"))
             reply: Reply = msgpack.unpackb(peer.receive(timeout_s))
@@ -170,19 +170,19 @@ class SchedulerProcess:
     def kill(self) -> None:
         assert self._process is not None
         self._process.send_signal(signal.SIGKILL)
-        self._process.wait(10)
+        self._process.wait(30)
 
     def terminate(self) -> tuple[int, float]:
         """Send SIGTERM; the exit status, and how long it took."""
         assert self._process is not None
         began_s = time.monotonic()
         self._process.terminate()
-        return self._process.wait(10), time.monotonic() - began_s
+        return self._process.wait(30), time.monotonic() - began_s
 
     def close(self) -> None:
         if self._process is not None and self._process.poll() is None:
             self._process.kill()
-            self._process.wait(10)
+            self._process.wait(30)
         self._context.destroy(linger=0)
 
 

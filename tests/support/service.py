@@ -152,18 +152,22 @@ class Service:
             return int(view.words.prepare(namespace, word).found_in.max(initial=0))
 
     async def settled(self) -> None:
-        """Return when the index has followed every change, and every memory of the default namespace has its vector."""
+        """Return when nothing is written without being asked for: the index has followed every change, every memory of
+        every namespace has its vector, and none is being embedded once more because it changed meanwhile."""
         await eventually(self._nothing_pending)
 
     async def _nothing_pending(self) -> bool:
-        # In this order: a memory that the index has not come to yet is not pending there.
+        index, embedding = self.runtime._index, self.runtime._embedding
+        # In this order: what the index has not come to yet is not pending there, nor waits to be embedded.
+        told = not index._news._missing
         health = await self.ok("health_check")
-        stats = await self.ok("stats")
         followed = health["readiness"]["search_index"] == "ready" and health["index_lag"] == 0
-        return followed and stats["pending"] == 0
+        pending = sum(index.pending(name) for (name,) in self.rows("SELECT DISTINCT namespace FROM memories"))
+        await asyncio.sleep(0)  # what the thread of the index has told reaches the queue
+        return told and followed and pending == 0 and not any(embedding.depth) and not embedding._in_flight
 
 
-async def eventually(condition: Callable[[], Awaitable[bool]], timeout_s: float = 10.0) -> None:
+async def eventually(condition: Callable[[], Awaitable[bool]], timeout_s: float = 45.0) -> None:
     async with asyncio.timeout(timeout_s):
         while not await condition():  # noqa: ASYNC110  the condition is asked for over the wire
             await asyncio.sleep(0.005)
@@ -172,7 +176,8 @@ async def eventually(condition: Callable[[], Awaitable[bool]], timeout_s: float 
 @contextlib.asynccontextmanager
 async def running_service(tmp_path: Path, encoding: str = "msgpack", **overrides: Any) -> AsyncIterator[Service]:
     """A Runtime over a store in `tmp_path`; settings are given as section__key=value."""
-    environ = environment(tmp_path, overrides)
+    # Counted accesses are written when a test says so, not in the middle of one that takes its time.
+    environ = environment(tmp_path, {"storage__access_flush_s": 3600, **overrides})
     settings = load_settings(environ={**environ, "MEMORY_CONFIG": os.devnull})
     fatal: list[Exception] = []
     runtime = Runtime(settings, on_fatal=fatal.append, health=lambda: {"pid": os.getpid()})

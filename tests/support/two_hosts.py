@@ -58,7 +58,7 @@ def cable_pulled(
                 before, clients_before = footprint(service.pid), _footprints(members)
                 pulled_s = time.monotonic()
                 hosts.pull()
-                wait_until(lambda: footprint(service.pid).sockets <= before.sockets - clients, "noticed", 15.0)
+                wait_until(lambda: footprint(service.pid).sockets <= before.sockets - clients, "noticed", 30.0)
                 noticed_s = time.monotonic() - pulled_s
                 time.sleep(max(0.0, pulled_s + away_s - time.monotonic()))
                 hosts.plug()
@@ -67,7 +67,7 @@ def cable_pulled(
                 after, clients_after = footprint(service.pid), _footprints(members)
         finally:
             service.kill()
-            service.wait(10)
+            service.wait(30)
     wrong = not_once(folder / "memory.db", members.texts)
     back_s = members.back_after_s(plugged_s)
     return Cut(noticed_s, back_s, wrong, dict(members.errors), before, after, clients_before, clients_after)

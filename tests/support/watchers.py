@@ -29,7 +29,7 @@ class Watcher(threading.Thread):
 
     def run(self) -> None:
         try:
-            with MemoryClient(self._endpoint, agent_id=self.name, timeout_ms=10_000, raise_on_error=True) as client:
+            with MemoryClient(self._endpoint, agent_id=self.name, timeout_ms=30_000, raise_on_error=True) as client:
                 self._watch(client)
         except Exception as error:  # noqa: BLE001  whatever ends the thread is a finding
             self.problems.append(repr(error))

@@ -196,12 +196,12 @@ def test_a_handler_may_ask_for_the_request() -> None:
         seen.append(request)
 
     actions = make_actions(note=note)
-    around = {"request_id": "a" * 16, "agent_id": "ada", "session_id": "s", "namespace": "n", "deadline_ms": 2000}
+    around = {"request_id": "a" * 16, "agent_id": "ada", "session_id": "s", "namespace": "n", "deadline_ms": 30_000}
     assert send(actions, "note", {"n": 1}, **around) == {"status": "success", "request_id": "a" * 16}
     (request,) = seen
     assert (request.request_id, request.agent_id, request.session_id) == ("a" * 16, "ada", "s")
     assert (request.namespace, request.legacy, request.peer) == ("n", False, PEER)
-    assert request.deadline_s is not None and 0 < request.deadline_s - time.monotonic() <= 2.0
+    assert request.deadline_s is not None and 0 < request.deadline_s - time.monotonic() <= 30.0
     assert send(actions, "note", {"request": {}})["error_code"] == "invalid_field"
     assert ask(actions, encode({"action": "note"}, "msgpack"))["status"] == "success"
     assert (seen[1].namespace, seen[1].legacy, seen[1].deadline_s) == ("default", True, None)
@@ -333,10 +333,10 @@ def test_a_request_of_many_small_values_costs_little_memory() -> None:
         ("msgpack", b"\x81\xa1a\xdc\x27\x10" + (b"\x91" * 800 + b"\xc0") * 10_000),
         ("msgpack", b"\x81\xa1a\xdc\x03\xe8" + (b"\xdc\x20\x00" + b"\x80" * 8192) * 1000),
     ):
-        began_s = time.monotonic()
+        began_s = time.process_time()
         reply = ask(make_actions(), body_of(data, encoding), encoding)
         assert reply["error_code"] in {"invalid_request", "invalid_field"}, (encoding, data[:20])
-        assert time.monotonic() - began_s < 5.0, (encoding, data[:20])
+        assert time.process_time() - began_s < 5.0, (encoding, data[:20])
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024.0 - before_mb < 200
 
 
@@ -345,9 +345,9 @@ def test_a_string_that_is_never_closed_takes_no_longer_than_others() -> None:
         b'{"action":"plan","data":[' + b"1," * 300_000 + b'"' + b'\\"' * 3_000_000,
         b'{"action":"plan","data":[' + b"1," * 300_000 + b'"' + b"\\" * 3_000_001,
     ):
-        began_s = time.monotonic()
+        began_s = time.process_time()
         assert ask(make_actions(), body, "json")["error_code"] == "invalid_request"
-        assert time.monotonic() - began_s < 5.0
+        assert time.process_time() - began_s < 5.0
 
 
 def test_commas_in_text_are_no_values() -> None:

@@ -214,7 +214,7 @@ def test_the_examples_run(page: str, tmp_path: Path) -> None:
                 cwd=tmp_path,
                 capture_output=True,
                 text=True,
-                timeout=30,
+                timeout=90,
             )
             assert done.returncode == 0, done.stderr
             assert done.stderr == ""

@@ -24,7 +24,7 @@ class Recorder(ErrorReporter):
 
 
 async def beaten(recorder: Recorder, count: int) -> None:
-    async with asyncio.timeout(10.0):
+    async with asyncio.timeout(45.0):
         while len(recorder.beats) < count:  # noqa: ASYNC110 - the recorder is called by a timer and has no event
             await asyncio.sleep(0.005)
 
@@ -35,7 +35,7 @@ def test_the_first_comes_at_once_with_all_that_is_known() -> None:
         heartbeat = Heartbeat(recorder, "scheduler", lambda: {"state": "starting", "queue_depth": 3})
         heartbeat.start()
         (beat,) = recorder.beats
-        assert abs(beat.pop("timestamp") - time.time()) < 5.0
+        assert abs(beat.pop("timestamp") - time.time()) < 30.0
         assert beat == {
             "component": "scheduler",
             "pid": os.getpid(),

@@ -195,7 +195,7 @@ def test_the_layers_name_only_what_exists() -> None:
 def loaded_by(imports: str, names: tuple[str, ...]) -> str:
     """The modules of these names, and our own, that a fresh interpreter has loaded after these imports."""
     code = f"import sys\n{imports}\nprint(*(name for name in sys.modules if name in {names!r} or '{PACKAGE}.' in name))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, timeout=30)
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, timeout=90)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
