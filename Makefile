@@ -7,6 +7,8 @@ VENV := .venv
 PY := $(VENV)/bin/python
 SERVICE := $(VENV)/.service-installed
 DEVELOPMENT := $(VENV)/.development-installed
+CHARTS := $(VENV)/.charts-installed
+BENCH := data/bench
 PIP_INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check --no-input $(PIP_ARGS)
 FUZZ_REQUESTS ?= 100000
 
@@ -16,7 +18,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help start-pc2 stop-pc2 status logs tail-errors jobs run-job keys backup restore accept-store export import import-facts import-sessions demo test lint type coverage fuzz torture bench bench-due bench-maintenance bench-consolidation bench-embedding bench-retrieval bench-scale install-boot uninstall-boot clean
+.PHONY: help start-pc2 stop-pc2 status logs tail-errors jobs run-job keys backup restore accept-store export import import-facts import-sessions demo test lint type coverage fuzz torture bench bench-due bench-maintenance bench-consolidation bench-embedding bench-retrieval bench-scale bench-growth bench-conditions bench-stages bench-peers bench-check bench-publish bench-charts bench-report install-boot uninstall-boot clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -90,7 +92,41 @@ torture: $(DEVELOPMENT) ## Run the long fault tests and show a table (MINUTES=5 
 	@$(PY) -m tests.torture --minutes $(or $(MINUTES),5) $(if $(SEED),--seed $(SEED)) $(if $(ONLY),--only "$(ONLY)")
 
 bench: $(SERVICE) ## Measure round trips and throughput
-	@$(PY) bench/run.py
+	@mkdir -p $(BENCH)
+	@$(PY) bench/run.py --json $(BENCH)/service.json $(ARGS)
+
+bench-check: $(SERVICE) ## Measure, and compare with the published ratios (RUN=file: compare that, measure nothing)
+	@$(if $(RUN),,$(MAKE) --no-print-directory bench)
+	@$(PY) bench/check.py "$(or $(RUN),$(BENCH)/service.json)"
+
+bench-publish: $(SERVICE) ## Make the ratios of the last runs the published ones
+	@$(PY) bench/check.py --publish $(wildcard $(BENCH)/service.json $(BENCH)/peers.json)
+
+bench-peers: $(SERVICE) ## Measure the service beside mem0, Chroma and LanceDB (DATA=file; PIP_ARGS; ARGS="--repeats 1")
+	@$(PY) bench/peers.py $(if $(DATA),"$(DATA)") --json $(BENCH)/peers.json $(ARGS)
+
+bench-stages: $(SERVICE) ## Take the time of a request apart
+	@mkdir -p $(BENCH)
+	@$(PY) bench/stages.py --json $(BENCH)/stages.json $(ARGS)
+
+bench-conditions: $(SERVICE) ## Measure requests beside embedding, the start, and the client
+	@mkdir -p $(BENCH)
+	@$(PY) bench/conditions.py --json $(BENCH)/conditions.json $(ARGS)
+
+bench-growth: $(SERVICE) ## Measure requests in stores of 1,000 to 100,000 memories (DATA=file; SIZES=1000,1000000)
+	@mkdir -p $(BENCH)
+	@$(PY) bench/growth.py $(if $(DATA),"$(DATA)") $(if $(SIZES),--sizes $(SIZES)) --json $(BENCH)/growth.json $(ARGS)
+
+bench-charts: $(CHARTS) ## Draw the last runs into docs/img
+	@$(PY) bench/charts.py $(wildcard $(foreach kind,service peers growth stages,$(BENCH)/$(kind).json))
+
+bench-report: ## Measure all that docs/performance.md compares, one after the other, and draw it (about an hour)
+	@$(MAKE) --no-print-directory bench ARGS=--markdown
+	@$(MAKE) --no-print-directory bench-stages
+	@$(MAKE) --no-print-directory bench-conditions
+	@$(MAKE) --no-print-directory bench-growth
+	@$(MAKE) --no-print-directory bench-peers ARGS=--markdown
+	@$(MAKE) --no-print-directory bench-charts
 
 bench-due: $(SERVICE) ## Time a decay run over 10,000 to 1,000,000 memories with 1,000 due
 	@$(PY) bench/due.py
@@ -127,6 +163,11 @@ $(SERVICE): requirements.txt
 	@"$(PYTHON)" -m venv $(VENV)
 	@echo "installing requirements.txt (the first time this takes minutes: PyTorch is large)"
 	@$(PIP_INSTALL) -r requirements.txt
+	@touch $@
+
+$(CHARTS): requirements-bench.txt $(SERVICE)
+	@echo "installing requirements-bench.txt"
+	@$(PIP_INSTALL) -r requirements-bench.txt
 	@touch $@
 
 $(DEVELOPMENT): requirements-dev.txt $(SERVICE)

@@ -9,10 +9,11 @@ Exit status: 0 after SIGTERM or SIGINT, 1 when it cannot start or the store fail
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 from memory_system import log
 from memory_system.errors import AccessDenied, ShuttingDown
@@ -25,6 +26,9 @@ from memory_system.security.guard import Asked
 from memory_system.settings import Settings
 
 logger = log.get_logger("orchestrator")
+
+# Objects that may be made before the collector looks for cycles: records and requests have none.
+YOUNG_OBJECTS: Final = 20_000
 
 
 class Orchestrator:
@@ -106,6 +110,7 @@ async def serve(settings: Settings) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    gc.set_threshold(YOUNG_OBJECTS)
     return run_program("orchestrator", "The memory service of the mesh.", serve, arguments)
 
 

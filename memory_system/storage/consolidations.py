@@ -136,7 +136,7 @@ def _insert(context: WriteContext, plan: Plan, fields: rules.Merged) -> Memory:
         **msgspec.structs.asdict(fields),
     )
     memory = msgspec.structs.replace(memory, due_at=lifecycle.due_at(context.lifecycle, memory))
-    row_id = context.db.execute(rows.INSERT, rows.row_from_memory(memory)).fetchone()[0]
+    row_id = rows.insert(context.db, memory)
     memory = msgspec.structs.replace(memory, row_id=row_id)
     context.log_change(row_id, "put")
     context.changes.new_texts[row_id] = memory.content_digest

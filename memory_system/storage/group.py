@@ -23,7 +23,7 @@ from memory_system.settings import StorageSettings
 from memory_system.storage import idempotency
 from memory_system.storage.context import Reply, WriteContext
 from memory_system.storage.jobs import WriteJob
-from memory_system.storage.rows import RecordView
+from memory_system.storage.rows import RecordView, to_json
 from memory_system.storage.usage import Quota
 from memory_system.turns import Lanes
 
@@ -31,6 +31,11 @@ log = get_logger("storage.group")
 
 # A failed sync may have dropped dirty pages, and a later one can seem to succeed: only a restart tells the truth.
 SYNC_ERRORS: Final = frozenset({sqlite3.SQLITE_IOERR_FSYNC, sqlite3.SQLITE_IOERR_DIR_FSYNC})
+
+_LOG: Final = (
+    "INSERT INTO index_log (row_id, op) "
+    "SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]') FROM json_each(?) ORDER BY key"
+)
 
 
 @dataclass(slots=True)
@@ -155,7 +160,8 @@ class GroupRunner:
         """
         done = [outcome.context for outcome in group.outcomes if outcome.context is not None]
         entries = [entry for context in done for entry in context.log]
-        self._db.executemany("INSERT INTO index_log (row_id, op) VALUES (?, ?)", entries)
+        # One statement for all, in their order: each step of a statement lets go of the interpreter and waits for it.
+        self._db.execute(_LOG, (to_json(entries),))
         group.sequences = {name: self._sequences[name] for name in group.sequences_before}
         self._db.executemany(
             "INSERT INTO namespaces (namespace, commit_seq) VALUES (?, ?) "

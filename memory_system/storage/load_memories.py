@@ -54,7 +54,7 @@ def _insert(loading: Loading, item: MemoryItem) -> None:
     if loading.order.dry_run:
         return
     memory = msgspec.structs.replace(memory, due_at=memories.due_at(context, memory))
-    row_id = loading.db.execute(rows.INSERT, rows.row_from_memory(memory)).fetchone()[0]
+    row_id = rows.insert(loading.db, memory)
     if item.session is not None:
         loading.db.execute(
             f"INSERT INTO sessions ({', '.join(sessions.STORED)}, row_id) VALUES (?, ?, ?, ?, ?, ?)",

@@ -102,7 +102,7 @@ def insert(context: WriteContext, new: NewMemory, memory_id: str | None = None) 
         usage.check(context.db, context.quota, context.owner, memories=1, size=size)
     memory = _fresh(context, new, memory_id or new_memory_id())
     memory = msgspec.structs.replace(memory, due_at=due_at(context, memory))
-    row_id = context.db.execute(rows.INSERT, rows.row_from_memory(memory)).fetchone()[0]
+    row_id = rows.insert(context.db, memory)
     memory = msgspec.structs.replace(memory, row_id=row_id)
     if memory.memory_type != SESSION_TYPE:
         context.log_change(row_id, "put")

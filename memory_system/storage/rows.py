@@ -18,9 +18,7 @@ COLUMNS: Final = ", ".join(FIELDS)
 _METADATA: Final = FIELDS.index("metadata")
 _TAGS: Final = FIELDS.index("tags")
 
-INSERT: Final = (
-    f"INSERT INTO memories ({', '.join(FIELDS[1:])}) VALUES ({', '.join('?' * (len(FIELDS) - 1))}) RETURNING row_id"
-)
+_INSERT: Final = f"INSERT INTO memories ({', '.join(FIELDS[1:])}) VALUES ({', '.join('?' * (len(FIELDS) - 1))})"
 # A memory that has expired is gone from every read, though its row may still stand.
 ALIVE: Final = "(expires_at IS NULL OR expires_at > ?)"
 
@@ -41,11 +39,18 @@ def memory_from_row(row: Sequence[Any]) -> Memory:
 
 
 def row_from_memory(memory: Memory) -> list[Any]:
-    """The values of INSERT: all columns but row_id."""
-    values = [getattr(memory, name) for name in FIELDS[1:]]
-    values[_METADATA - 1] = to_json(memory.metadata)
-    values[_TAGS - 1] = to_json(memory.tags)
-    return values
+    """The values of all columns but row_id."""
+    values = list(msgspec.structs.astuple(memory))
+    values[_METADATA] = to_json(memory.metadata) if memory.metadata else "{}"
+    values[_TAGS] = to_json(memory.tags) if memory.tags else "[]"
+    return values[1:]
+
+
+def insert(db: sqlite3.Connection, memory: Memory) -> int:
+    """Insert the memory as a new row; its row_id, which is not that of `memory`."""
+    row_id = db.execute(_INSERT, row_from_memory(memory)).lastrowid
+    assert row_id is not None
+    return row_id
 
 
 def to_json(value: Any) -> str:

@@ -81,7 +81,7 @@ def path(tmp_path: Path) -> Path:
     chance = random.Random(4)
     with opened(path) as db, database.transaction(db):
         for number in range(400):
-            db.execute(rows.INSERT, rows.row_from_memory(memory(number, chance))).fetchone()
+            rows.insert(db, memory(number, chance))
     with opened(path) as db:
         assert rebase.bring_up(db, OLD, NOW_S) == 0  # a store without settings takes those that it is opened with
     return path
