@@ -51,11 +51,13 @@ def dates(text: str) -> tuple[Date, ...]:
     """The dates in a text, each once; a month that stands in a whole date is none of its own."""
     found: dict[Date, None] = {}
     for form in (*_FORMS, _BARE):
-        for match in form.finditer(text):
+        matches = list(form.finditer(text))
+        for match in matches:
             date = _date(match.groupdict())
             if date is not None:
                 found[date] = None
-        text = form.sub(" ", text)
+        if matches:
+            text = form.sub(" ", text)
     return tuple(found)
 
 

@@ -175,24 +175,16 @@ class SearchEngine:
         columns = view.columns
         reason = self._obstacle(view, query, vector)
         mask = self._mask(columns, query, allowed)
-        heard = mask
-        if query.mode == "hybrid" and not query.include_archived:
-            heard = columns.speakers.heard(mask)
+        heard = columns.speakers.heard(mask) if query.mode == "hybrid" and not query.include_archived else mask
         words = NO_QUERY if query.mode == "dense" else view.words.prepare(query.namespace, query.text)
         slots, _ = view.words.candidates(words, heard, columns.row_ids, wanted)
         compared = view.vectors if reason is None and query.mode != "keyword" else None
         if compared is not None and vector is not None:
             slots = np.union1d(slots, compared.search(vector, heard, wanted)[0])
-        if query.mode == "hybrid":
-            slots = gathering.with_siblings(columns, query, slots, heard)
+        slots, near, frequencies, lengths = gathering.evidence(view, query, words, slots, heard)
         similarity = np.full(len(slots), np.nan, np.float32)
         if compared is not None and vector is not None:
             similarity = compared.similarities(vector, slots)
-        near = gathering.surroundings(view, query, words, slots) if query.mode == "hybrid" else None
-        if near is None:
-            frequencies, lengths = view.words.frequencies(words, slots), view.words.lengths(slots)
-        else:
-            frequencies, lengths = near.own()
         shown = None if heard is mask else np.searchsorted(slots, columns.speakers.shown(slots))
         return Pool(
             columns.row_ids[slots],

@@ -26,30 +26,36 @@ _FAR: Final = 14
 Passes = Callable[[Columns, Ids, Scope], Mask]
 
 
-def with_siblings(columns: Columns, query: SearchQuery, slots: Ids, mask: Mask) -> Ids:
-    """The slots and those around each that the mask allows: an answer need not have a word of its question. What a slot
-    speaks for is among them."""
-    around = nearest(columns, query.scope, slots, _REACH, _heard).ravel()
-    around = around[(around >= 0) & (around < len(mask))]
-    slots = np.concatenate([slots, around[mask[around]]])
-    return np.unique(np.concatenate([slots, columns.speakers.shown(slots)]) if columns.speakers.count else slots)
+def evidence(
+    view: View, query: SearchQuery, words: KeywordQuery, found: Ids, mask: Mask
+) -> tuple[Ids, Surroundings | None, npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """The slots to be ranked, what stands around them in hybrid mode, and how often each query term is in each of them
+    ([terms, slots]), with their lengths in words."""
+    if query.mode != "hybrid":
+        return found, None, view.words.frequencies(words, found), view.words.lengths(found)
+    slots, near = gather(view, query, words, np.sort(found), mask)
+    return slots, near, *near.own()
 
 
-def surroundings(view: View, query: SearchQuery, words: KeywordQuery, slots: Ids) -> Surroundings:
-    """The texts around each of the ascending slots', as far as the query's scope lets them be heard, whatever its
-    filter."""
+def gather(view: View, query: SearchQuery, words: KeywordQuery, found: Ids, mask: Mask) -> tuple[Ids, Surroundings]:
+    """The ascending slots found and those beside each that the mask allows, for an answer need not have a word of its
+    question; and the texts around all of these, as far as the query's scope lets them be heard, whatever its filter.
+    What one of them speaks for is among them."""
     columns = view.columns
-    near = nearest(columns, query.scope, slots, _REACH, _heard)
-    if columns.speakers.count and not query.include_archived:
-        # Beside it stand its own originals: its words would count twice, once more with each of them.
-        spoken_for = np.flatnonzero(columns.speakers.voices[slots])
-        near[np.ix_(np.arange(len(near)) != _REACH, spoken_for)] = NONE
-    texts, numbers = _numbered(near)
-    shown = np.append(texts[texts >= 0], -1)
-    # What is none comes first in the order of slots, and last among the texts.
-    place = np.arange(len(texts)) - (len(texts) - len(shown) + 1)
-    return Surroundings(
-        around=np.where(place < 0, len(shown) - 1, place)[numbers],
+    chains = _chains(columns, query.scope, found, mask)
+    texts, numbers = _numbered(chains)
+    first = int(np.searchsorted(texts, 0))  # behind -1, which stands for none
+    shown = np.append(texts[first:], -1)
+    numbers -= first
+    numbers[numbers < 0] = len(shown) - 1
+    members = _members(numbers, shown, mask)
+    slots = shown[members]
+    at = np.empty(len(shown), np.int64)
+    inner = numbers[_REACH:-_REACH].ravel()
+    at[inner] = np.arange(len(inner))
+    rows, places = np.divmod(at[members], chains.shape[1])
+    return slots, Surroundings(
+        around=numbers[rows + np.arange(len(AROUND))[:, None], places],
         frequencies=view.words.frequencies(words, shown, distinct=True),
         lengths=view.words.lengths(shown),
         asks=(view.words.notes(shown) & np.uint64(notes.ASKS)) > 0,
@@ -61,9 +67,40 @@ def surroundings(view: View, query: SearchQuery, words: KeywordQuery, slots: Ids
     )
 
 
+def _chains(columns: Columns, scope: Scope, found: Ids, mask: Mask) -> Ids:
+    """As `nearest`, so far that what is beside one of them has its own surroundings in the same chain. A consolidated
+    memory for which originals speak stands apart: around it they would say the same again, each once more in its own
+    place."""
+    speakers = columns.speakers
+    if scope.include_archived or not speakers.count:
+        return nearest(columns, scope, found, 2 * _REACH)
+    spoken_for = speakers.voices[found] > 0
+    chains = nearest(columns, scope, found[~spoken_for], 2 * _REACH, _heard)
+    beside = chains[_REACH:-_REACH].ravel()
+    beside = beside[(beside >= 0) & (beside < len(mask))]
+    into = speakers.into[beside[mask[beside]]]
+    apart = np.unique(np.concatenate([found[spoken_for], into[into != NONE]]))
+    alone = np.full((len(chains), len(apart)), NONE, np.int64)
+    alone[2 * _REACH] = apart
+    return np.hstack([chains, alone])
+
+
+def _members(numbers: Ids, texts: Ids, mask: Mask) -> Ids:
+    """Which of the texts (the last is none) stand in the middle row of the numbers, or beside it and in the mask."""
+    chosen = np.zeros(len(texts), np.bool_)
+    chosen[numbers[_REACH:-_REACH]] = True
+    chosen &= (texts < len(mask)) & mask.take(texts, mode="clip")
+    chosen[numbers[2 * _REACH]] = True
+    chosen[-1] = False
+    return np.flatnonzero(chosen)
+
+
 def nearest(columns: Columns, scope: Scope, slots: Ids, reach: int, passes: Passes = Columns.visible) -> Ids:
     """As `Columns.around`, of the memories that the scope lets be seen, whatever its filter: so a summary has those
     beside it that its archived originals had, and they have it."""
+    around = columns.around(slots, reach)
+    if passes(columns, around[around >= 0], scope).all():
+        return around
     before, after = [slots], [slots]
     for chain, links in ((before, columns.siblings.before), (after, columns.siblings.after)):
         for _ in range(reach):

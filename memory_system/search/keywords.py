@@ -15,8 +15,8 @@ import numpy.typing as npt
 
 from memory_system.search.columns import Ids, Mask
 from memory_system.search.notes import note
-from memory_system.search.postings import Postings
-from memory_system.search.segment import Floats, Segment, Spans, key_of
+from memory_system.search.postings import Occurrences, Places, Postings
+from memory_system.search.segment import Floats, Segment, key_of
 from memory_system.search.tokens import Hashes, Tokenizer, query_words
 from memory_system.search.vectors import best
 
@@ -43,6 +43,9 @@ class Words:
         return Words(self.hashes[np.repeat(wanted, self.counts)], self.counts[wanted], self.notes[wanted])
 
 
+NOWHERE: Final = Places([])
+
+
 @dataclass(frozen=True, slots=True)
 class KeywordQuery:
     """A prepared query, good for as long as the index is held still. Arrays have the length of `terms`; all figures are
@@ -58,7 +61,7 @@ class KeywordQuery:
     average_length: float
     found_in: npt.NDArray[np.int64]
     idf: Floats
-    places: Sequence[tuple[Segment, Spans]] = ()
+    places: Places = NOWHERE
 
 
 NO_QUERY: Final = KeywordQuery((), np.zeros(0, np.uint64), 0, 0.0, np.zeros(0, np.int64), np.zeros(0, np.float32))
@@ -157,7 +160,7 @@ class WordIndex:
         keys = key_of(np.array(list(terms.values()), np.uint64), counts.hash)
         found_in = np.zeros(len(terms), np.int64)
         places = self.postings.find(keys)
-        for segment, spans in places:
+        for segment, spans in places.each:
             for term, begin, end in spans:
                 found_in[term] += segment.count(begin, end)
         idf = np.log1p((counts.texts - found_in + 0.5) / (found_in + 0.5)).astype(np.float32)
@@ -172,9 +175,7 @@ class WordIndex:
             scores = bm25(query, self.frequencies(query, slots), self.lengths(slots))
             slots, scores = slots[scores > 0.0], scores[scores > 0.0]
         else:
-            parts = [_best(segment, spans, query, mask, k) for segment, spans in query.places]
-            slots = np.concatenate([np.zeros(0, np.int64), *(slots for slots, _ in parts)])
-            scores = np.concatenate([np.zeros(0, np.float32), *(scores for _, scores in parts)])
+            slots, scores = _likely(query, self.postings.lengths, mask, k)
         order = best(scores, row_ids[slots], k)
         return slots[order], scores[order]
 
@@ -192,7 +193,7 @@ class WordIndex:
 
     def scope_counts(self, query: KeywordQuery, mask: Mask) -> npt.NDArray[np.int64]:
         counts = np.zeros(len(query.terms), np.int64)
-        for segment, spans in query.places:
+        for segment, spans in query.places.each:
             allowed = _allowed(segment, mask)
             for term, begin, end in spans:
                 counts[term] += np.count_nonzero(allowed.take(segment.docs[begin:end]))
@@ -212,38 +213,35 @@ def _allowed(segment: Segment, mask: Mask) -> Mask:
     return allowed & (segment.slots >= 0) if segment.gone else allowed
 
 
-def _best(segment: Segment, spans: Spans, query: KeywordQuery, mask: Mask, k: int) -> tuple[Ids, Floats]:
-    """The slots of a segment whose score is among its k best, and the scores."""
-    base, slope = K1 * (1.0 - B), K1 * B / max(1.0, query.average_length)
-
-    def weigh(term: int, counts: Floats, lengths: npt.NDArray[np.int32]) -> Floats:
-        norm = lengths.astype(np.float32)
-        norm *= np.float32(slope)
-        norm += np.float32(base)
-        norm += counts
-        counts *= np.float32((K1 + 1.0) * float(query.idf[term]))
-        counts /= norm
-        return counts
-
-    scores = segment.scores(spans, weigh)
-    docs = np.flatnonzero(scores >= max(_floor(segment, spans, scores, mask, k), _TINY))
-    docs = docs[_allows(segment, mask, docs)]
-    return segment.slots[docs].astype(np.int64), scores[docs]
+def _likely(query: KeywordQuery, lengths: npt.NDArray[np.int32], mask: Mask, k: int) -> tuple[Ids, Floats]:
+    """The allowed slots that may be among the k best, and their BM25; `lengths`: of the texts by slot, in terms."""
+    every = query.places.together()
+    norm = lengths.take(every.slots).astype(np.float32)
+    norm *= np.float32(K1 * B / max(1.0, query.average_length))
+    norm += np.float32(K1 * (1.0 - B))
+    norm += every.counts
+    weights = every.of_terms(((K1 + 1.0) * query.idf.astype(np.float64)).astype(np.float32))
+    weights *= every.counts
+    weights /= norm
+    scores = np.zeros(len(lengths), np.float32)
+    np.add.at(scores, every.slots, weights)
+    slots = np.flatnonzero(scores >= max(_floor(every, scores, mask, k), _TINY))
+    slots = slots[_allows(mask, slots)]
+    return slots, scores[slots]
 
 
-def _allows(segment: Segment, mask: Mask, docs: npt.NDArray[np.integer[Any]]) -> Mask:
-    """Which of the segment's texts the mask allows."""
-    slots = segment.slots.take(docs)
+def _allows(mask: Mask, slots: Ids) -> Mask:
+    """Which of the slots the mask allows."""
     allowed: Mask = mask.take(slots, mode="clip")
-    return allowed & (slots >= 0) if segment.gone else allowed
+    return allowed & (slots < len(mask))
 
 
-def _floor(segment: Segment, spans: Spans, scores: Floats, mask: Mask, k: int) -> float:
+def _floor(every: Occurrences, scores: Floats, mask: Mask, k: int) -> float:
     """A score that k allowed texts reach: among the texts of the rarest term that has so many."""
-    for _, begin, end in sorted(spans, key=lambda span: span[2] - span[1]):
+    for _, begin, end in sorted(every.spans, key=lambda span: span[2] - span[1]):
         if end - begin >= k:
-            docs = segment.docs[begin:end]
-            reached = scores.take(docs[_allows(segment, mask, docs)])
+            slots = every.slots[begin:end]
+            reached = scores.take(slots[_allows(mask, slots)])
             if len(reached) >= k:
                 floor: float = np.partition(reached, len(reached) - k)[len(reached) - k].item()
                 return floor

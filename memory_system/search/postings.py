@@ -7,7 +7,7 @@ searches go on. What is gone stays in its segment, unseen, until that is merged.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Final
@@ -24,6 +24,7 @@ _RATIO: Final = 4
 _AT_ONCE: Final = 4096  # texts: a merge of so many takes some milliseconds
 _GONE_SHARE: Final = 0.2
 _START: Final = 1024
+_LOOK_UP: Final = 32  # looking up one text takes as long as reading so many postings
 
 
 @dataclass(slots=True)
@@ -34,6 +35,61 @@ class NamespaceTexts:
     hash: int
     texts: int = 0
     terms: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Occurrences:
+    """Postings of some terms: the slots of the texts, and how often the term stands in each. `spans`: where in these
+    those of a term stand, as (number of the term, begin, end), once for each segment that has it."""
+
+    slots: Numbers
+    counts: Floats
+    spans: Spans
+
+    def terms(self, at: Numbers) -> Numbers:
+        """The numbers of some postings' terms."""
+        terms = np.array([term for term, _, _ in self.spans], np.int64)
+        return terms[np.searchsorted([end for _, _, end in self.spans], at, "right")]
+
+    def of_terms(self, values: Floats) -> Floats:
+        """For each posting the value of its term."""
+        terms, sizes = [term for term, _, _ in self.spans], [end - begin for _, begin, end in self.spans]
+        return np.repeat(values[np.array(terms, np.int64)], sizes)
+
+
+class Places:
+    """Where terms stand: in `each` segment that has any of them. Good for as long as the index is held still."""
+
+    def __init__(self, each: list[tuple[Segment, Spans]]) -> None:
+        self.each = each
+        self.size = sum(end - begin for _, spans in each for _, begin, end in spans)
+        self._together: Occurrences | None = None
+
+    def __repr__(self) -> str:
+        return f"<Places postings={self.size} segments={len(self.each)}>"
+
+    def are_many(self, texts: int) -> bool:
+        """Whether looking up so many texts takes less time than reading all postings, which are not read yet."""
+        return self._together is None and self.size > _LOOK_UP * texts
+
+    def together(self) -> Occurrences:
+        """All of them, of texts that still are."""
+        if self._together is None:
+            self._together = self._read()
+        return self._together
+
+    def _read(self) -> Occurrences:
+        slots, counts, found = [np.zeros(0, np.int32)], [np.zeros(0, np.uint8)], []
+        at = 0
+        for segment, spans in self.each:
+            for term, begin, end in spans:
+                here, number = segment.slots.take(segment.docs[begin:end]), segment.counts[begin:end]
+                if segment.gone:
+                    here, number = here[here >= 0], number[here >= 0]
+                slots.append(here)
+                counts.append(number)
+                found.append((term, at, at := at + len(here)))
+        return Occurrences(np.concatenate(slots, dtype=np.int64), np.concatenate(counts, dtype=np.float32), found)
 
 
 class Postings:
@@ -215,21 +271,31 @@ class Postings:
 
     # ---- questions ----
 
-    def find(self, keys: Hashes) -> list[tuple[Segment, Spans]]:
-        """Where these keys stand, in each segment that has any of them."""
+    def find(self, keys: Hashes) -> Places:
+        """Where these keys stand."""
         found = ((segment, segment.spans(keys)) for segment in self.segments)
-        return [(segment, spans) for segment, spans in found if spans]
+        return Places([(segment, spans) for segment, spans in found if spans])
 
-    def frequencies(self, found: Iterable[tuple[Segment, Spans]], terms: int, slots: Numbers) -> Floats:
+    def frequencies(self, found: Places, terms: int, slots: Numbers) -> Floats:
         """How often each of the terms that were looked for stands in the text of each slot, 0 where there is no text:
         [terms, slots]. No slot is to be named twice."""
         out = np.zeros((terms, len(slots)), np.float32)
         columns = np.flatnonzero((slots >= 0) & (slots < len(self._docs)))
-        docs = self._docs[slots[columns]]
-        for segment, spans in found:
-            here = (docs >= segment.first) & (docs < segment.first + len(segment))
-            if here.any():
-                segment.frequencies(spans, docs[here] - segment.first, out, columns[here])
+        held = slots[columns]
+        if found.are_many(len(slots)):
+            docs = self._docs[held]
+            for segment, spans in found.each:
+                here = (docs >= segment.first) & (docs < segment.first + len(segment))
+                if here.any():
+                    segment.frequencies(spans, docs[here] - segment.first, out, columns[here])
+            return out
+        every = found.together()
+        wanted = np.zeros(len(self._docs), np.bool_)
+        wanted[held] = True
+        at = np.flatnonzero(wanted.take(every.slots))
+        place = np.empty(len(self._docs), np.int64)
+        place[held] = columns
+        out[every.terms(at), place[every.slots[at]]] = every.counts[at]
         return out
 
     def disagreement(

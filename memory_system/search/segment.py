@@ -7,7 +7,7 @@ numbered within the segment. A posting is the text's number, and how often the t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
@@ -19,7 +19,6 @@ from memory_system.search.tokens import Hashes
 
 Floats = npt.NDArray[np.float32]
 Slots = npt.NDArray[np.int32]
-Weigh = Callable[[int, Floats, npt.NDArray[np.int32]], Floats]
 Spans = list[tuple[int, int, int]]
 """Where terms stand in a segment: (number of the term in the query, begin, end) of its postings."""
 
@@ -64,32 +63,16 @@ class Segment:
         begins, ends = self.starts[found[known]], self.starts[found[known] + 1]
         return list(zip(known.tolist(), begins.tolist(), ends.tolist(), strict=True))
 
-    def scores(self, spans: Spans, weigh: Weigh) -> Floats:
-        """For each text, the sum of `weigh(term, counts, lengths)` over its postings."""
-        scores = np.zeros(len(self), np.float32)
-        for term, begin, end in spans:
-            docs = self.docs[begin:end].astype(np.int64)
-            np.add.at(scores, docs, weigh(term, self.counts[begin:end].astype(np.float32), self.lengths.take(docs)))
-        return scores
-
     def frequencies(
         self, spans: Spans, docs: npt.NDArray[np.int64], out: Floats, columns: npt.NDArray[np.int64]
     ) -> None:
-        """Write how often each term stands in the texts `docs` into these columns of out[term, text]."""
-        place = None
+        """Write how often each term stands in the texts `docs` into these columns of out[term, text]; for few texts."""
+        wanted = docs.astype(np.uint32)
         for term, begin, end in spans:
             there = self.docs[begin:end]
-            if len(there) > 32 * len(docs):
-                at = np.minimum(np.searchsorted(there, docs.astype(np.uint32)), len(there) - 1)
-                has = there[at] == docs
-                out[term, columns[has]] = self.counts[begin:end][at[has]]
-            else:
-                if place is None:
-                    place = np.full(len(self), -1, np.int32)
-                    place[docs] = columns
-                column = place.take(there)
-                has = column >= 0
-                out[term, column[has]] = self.counts[begin:end][has]
+            at = np.minimum(np.searchsorted(there, wanted), len(there) - 1)
+            has = there[at] == wanted
+            out[term, columns[has]] = self.counts[begin:end][at[has]]
 
     def disagrees(self, expected: Segment, docs: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
         """For each text of another segment, whether it is here, as the text `docs` says, with other counts."""

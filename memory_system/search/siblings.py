@@ -21,7 +21,8 @@ _START: Final = 1024
 class Siblings:
     """Slots in the order of (time in epoch seconds, row id) below each parent. Not thread-safe.
 
-    `before`, `after`: for each slot its neighbours' slots, NONE at either end and for a slot without a parent.
+    `before`, `after`: for each slot its neighbours' slots, NONE at either end and for a slot without a parent. The last
+    element is of no slot, and always NONE: so NONE has NONE beside it.
     A parent is a number of the caller's.
     """
 
@@ -88,11 +89,12 @@ class Siblings:
 
     def around(self, slots: Ids, reach: int) -> Ids:
         """The slots from `reach` before to `reach` after each: [2 * reach + 1, slots], NONE where there is none."""
-        before, after = [slots], [slots]
-        for chain, links in ((before, self.before), (after, self.after)):
-            for _ in range(reach):
-                chain.append(np.where(chain[-1] >= 0, links[chain[-1]], NONE))
-        return np.array([*reversed(before), *after[1:]], np.int64)
+        found = np.empty((2 * reach + 1, len(slots)), np.int64)
+        found[reach] = slots
+        for step in range(reach):
+            found[reach - step - 1] = self.before.take(found[reach - step])
+            found[reach + step + 1] = self.after.take(found[reach + step])
+        return found
 
     def _key(self, slot: int) -> Key:
         return float(self._times[slot]), int(self._row_ids[slot])
@@ -108,8 +110,8 @@ class Siblings:
 
     def _reserve(self, slot: int) -> None:
         size = len(self.before)
-        if slot >= size:
-            more = max(slot + 1 - size, size)
+        if slot + 1 >= size:
+            more = max(slot + 2 - size, size)
             self.before = np.concatenate([self.before, np.full(more, NONE, np.int32)])
             self.after = np.concatenate([self.after, np.full(more, NONE, np.int32)])
             self._times = np.concatenate([self._times, np.zeros(more)])

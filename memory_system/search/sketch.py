@@ -8,6 +8,7 @@ and a vector where that does.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Final
 
@@ -19,7 +20,7 @@ SAMPLE: Final = 20_000
 _HEADS: Final = (16, 24, 32, 48, 64, 96)
 _LENGTHS: Final = (32, 48, 64, 96, 128, 192)
 # Reading a row by itself takes so many times as long as reading it in order.
-_BY_ITSELF: Final = 5.0
+_BY_ITSELF: Final = 10.0
 # What saves less than this is not worth its memory.
 _WORTH: Final = 0.6
 _QUERIES: Final = 128
@@ -34,12 +35,13 @@ _PUT_TOGETHER: Final = 4096
 @dataclass(frozen=True, slots=True)
 class Axes:
     """`axes`: [dimension, length], orthonormal; `head`: how many of them are read of every vector; `mean`: of the
-    vectors; `spreads`: of what head and whole leave out of an inner product, in units of what they leave out of the
-    query."""
+    vectors, and `mean_form`: its coordinates along the axes; `spreads`: of what head and whole leave out of an inner
+    product, in units of what they leave out of the query."""
 
     axes: Floats
     head: int
     mean: Floats
+    mean_form: Floats
     spreads: tuple[float, float]
 
     @property
@@ -49,18 +51,32 @@ class Axes:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """A query's short form along some axes. `offset` is to be added to inner products of short forms, which then are at
-    most `margin` below what the nearest vectors have to reach, but for very few of these."""
+    """A query's short form along some axes. `offset`: by how much the inner products of vectors are above those of
+    short forms, on the average; the nearest vectors are at most `margin` below what they then have to reach, but for
+    very few of these."""
 
     form: Floats
     offset: float
     margin: float
 
+    def floor(self, least: float) -> float:
+        """What the inner product of a short form has to reach, for that of the vector to be perhaps at least this."""
+        return least - self.margin - self.offset
 
-def read_along(axes: Floats, mean: Floats, spread: float, query: Floats) -> Reading:
-    form = query @ axes
-    rest = query - axes @ form
-    return Reading(form, float(rest @ mean), spread * float(np.linalg.norm(rest)))
+
+def read_along(axes: Axes, query: Floats) -> tuple[Reading, Reading]:
+    """A query along the axes of the heads, and along all of them. These being orthonormal, what they leave out of a
+    length or a product follows from what they do not."""
+    form = query @ axes.axes
+    length, above = float(query @ query), float(query @ axes.mean)
+    by_head, by_whole = axes.spreads
+
+    def part(count: int, spread: float) -> Reading:
+        short = form[:count]
+        left_out = max(0.0, length - float(short @ short))
+        return Reading(short, above - float(short @ axes.mean_form[:count]), spread * math.sqrt(left_out))
+
+    return part(axes.head, by_head), part(axes.length, by_whole)
 
 
 def fit(sample: Floats) -> Axes | None:
@@ -83,7 +99,8 @@ def fit(sample: Floats) -> Axes | None:
         return None
     head, length = best
     spreads = measured[head][0], measured[length][0]
-    return Axes(np.ascontiguousarray(ordered[:, :length]), head, mean, spreads)
+    axes = np.ascontiguousarray(ordered[:, :length])
+    return Axes(axes, head, mean, mean @ axes, spreads)
 
 
 def _read(head: int, length: int, open_to_head: float, open_to_whole: float, dimension: int) -> float:
@@ -98,14 +115,14 @@ def _measure(axes: Floats, mean: Floats, sample: Floats) -> dict[int, tuple[floa
     exact = queries @ sample.T
     near = np.argpartition(-exact, min(NEAREST, exact.shape[1] - 1), axis=1)[:, : NEAREST + 1]
     least = np.take_along_axis(exact, near, axis=1).min(axis=1)
-    forms = sample @ axes
+    forms, asked, middle = sample @ axes, queries @ axes, mean @ axes
+    lengths, above = np.einsum("ij,ij->i", queries, queries), queries @ mean
     measured = {}
     for count in sorted({*_HEADS, *_LENGTHS}):
         if count <= axes.shape[1]:
-            readings = [read_along(axes[:, :count], mean, 1.0, query) for query in queries]
-            guessed = np.stack([reading.form for reading in readings]) @ forms[:, :count].T
-            guessed += np.array([reading.offset for reading in readings], np.float32)[:, None]
-            units = np.maximum(np.array([reading.margin for reading in readings]), 1e-6)
+            short = asked[:, :count]
+            guessed = short @ forms[:, :count].T + (above - short @ middle[:count])[:, None]
+            units = np.sqrt(np.maximum(lengths - np.einsum("ij,ij->i", short, short), 1e-12))
             below = (least[:, None] - np.take_along_axis(guessed, near, axis=1)) / units[:, None]
             spread = max(0.0, float(np.quantile(below, 1.0 - _MISSED)))
             measured[count] = spread, float(np.mean(guessed >= (least - spread * units)[:, None]))
@@ -117,7 +134,7 @@ class Sketch:
 
     def __init__(self, axes: Axes) -> None:
         self.axes = axes
-        self._heads = Blocks(axes.head)
+        self._heads = Blocks(axes.head, by_axis=True)
         self._tails = Blocks(axes.length - axes.head)
 
     def __repr__(self) -> str:
@@ -137,27 +154,15 @@ class Sketch:
             self._heads.put_each(part, forms[:, : self.axes.head])
             self._tails.put_each(part, forms[:, self.axes.head :])
 
-    def readings(self, query: Floats) -> tuple[Reading, Reading]:
-        """The query along the axes of the heads, and along all of them."""
-        axes, mean = self.axes.axes, self.axes.mean
-        by_head, by_whole = self.axes.spreads
-        return read_along(axes[:, : self.axes.head], mean, by_head, query), read_along(axes, mean, by_whole, query)
-
     def by_heads(self, query: Reading, first: int, end: int) -> Floats:
-        """About the inner products of the query with the vectors of all slots from `first` up to `end`."""
-        found = self._heads.products(query.form, first, end)
-        found += np.float32(query.offset)
-        return found
+        """The inner products of the query's form with the heads of all slots from `first` up to `end`."""
+        return self._heads.products(query.form, first, end)
 
     def by_heads_of(self, query: Reading, slots: Slots) -> Floats:
         """The same for ascending slots."""
-        found = self._heads.products_of(query.form, slots)
-        found += np.float32(query.offset)
-        return found
+        return self._heads.products_of(query.form, slots)
 
-    def by_whole(self, head: Reading, whole: Reading, slots: Slots, by_heads: Floats) -> Floats:
-        """The same for ascending slots by their whole forms; `by_heads`: what their heads said."""
-        found = self._tails.products_of(whole.form[self.axes.head :], slots)
-        found += by_heads
-        found += np.float32(whole.offset - head.offset)
-        return found
+    def by_whole(self, query: Reading, slots: Slots, by_heads: Floats) -> Floats:
+        """The inner products of the query's form with the whole forms of ascending slots; `by_heads`: with their
+        heads."""
+        return by_heads + self._tails.products_of(query.form[self.axes.head :], slots)

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Final
 
@@ -20,7 +20,7 @@ import numpy.typing as npt
 from memory_system.search.blocks import Blocks
 from memory_system.search.columns import Columns, Ids, Mask
 from memory_system.search.graph import Graph
-from memory_system.search.sketch import NEAREST, SAMPLE, Sketch, fit
+from memory_system.search.sketch import NEAREST, SAMPLE, Reading, Sketch, fit, read_along
 from memory_system.settings import SearchSettings
 
 Vectors = npt.NDArray[np.float32]
@@ -29,6 +29,8 @@ Found = tuple[Ids, npt.NDArray[np.float32]]
 
 # Below this share of the slots, rows are read one by one; above, reading all in order is faster.
 _DENSE_SHARE: Final = 0.25
+# The same for heads, which stand by axis.
+_HEADS_SHARE: Final = 0.05
 # The axes are found anew when there are so many times as many vectors.
 _REFIT: Final = 4
 # So many times the wanted number are looked at more closely, and so many exactly, to learn how near the nearest are.
@@ -197,30 +199,38 @@ class VectorIndex:
         sketch = self._sketch
         if sketch is None:
             return self._by_each(query, allowed, k)
-        head, whole = sketch.readings(query)
-        first, end = _range(allowed)
-        slots = None
-        if count > _DENSE_SHARE * (end - first):
-            about = sketch.by_heads(head, first, end)
-            if count < end - first:
-                about[~allowed[first:end]] = -np.inf
-        else:
-            slots = np.flatnonzero(allowed)
-            about = sketch.by_heads_of(head, slots)
-
-        def those(places: Ids) -> Ids:
-            return places + first if slots is None else slots[places]
-
+        head, whole = read_along(sketch.axes, query)
+        those, about = self._by_heads(sketch, head, allowed, count)
         wanted = max(k, NEAREST)
-        places = highest(about, _FIRST * wanted)
-        closer = sketch.by_whole(head, whole, those(places), about[places])
-        chosen = those(places[highest(closer, _SECOND * wanted)])
-        least = _least(self._matrix.products_of(query, chosen), wanted)
-        places = np.flatnonzero(about >= least - head.margin)
-        closer = sketch.by_whole(head, whole, those(places), about[places])
-        near = those(places[closer >= least - whole.margin])
-        chosen = np.union1d(chosen, near)
-        return self._best(chosen, self._matrix.products_of(query, chosen), k)
+        first = highest(about, _FIRST * wanted)
+        by_whole = sketch.by_whole(whole, those(first), about[first])
+        second = highest(by_whole, _SECOND * wanted)
+        chosen = those(first[second])
+        cosines = self._matrix.products_of(query, chosen)
+        least = _least(cosines, wanted)
+        about[first] = by_whole[second] = -np.inf  # done with
+        rest = np.flatnonzero(about >= head.floor(least))
+        near = first[by_whole >= whole.floor(least)]
+        by_whole = sketch.by_whole(whole, those(rest), about[rest])
+        near = np.concatenate([near, rest[by_whole >= whole.floor(least)]])
+        near.sort()
+        also = those(near)
+        also_cosines = self._matrix.products_of(query, also)
+        return self._best(np.concatenate([chosen, also]), np.concatenate([cosines, also_cosines]), k)
+
+    def _by_heads(
+        self, sketch: Sketch, head: Reading, allowed: Mask, count: int
+    ) -> tuple[Callable[[Ids], Ids], npt.NDArray[np.float32]]:
+        """The products of the heads of all slots that are allowed, and which slots places among them are; what else is
+        among them has -inf."""
+        first, end = _range(allowed)
+        if count <= _HEADS_SHARE * (end - first):
+            slots = np.flatnonzero(allowed)
+            return slots.take, sketch.by_heads_of(head, slots)
+        about = sketch.by_heads(head, first, end)
+        if count < end - first:
+            about[~allowed[first:end]] = -np.inf
+        return lambda places: places + first, about
 
     def _by_graph(self, query: Vectors, allowed: Mask, count: int, k: int) -> Found | None:
         """None when the graph cannot answer for most of the rows."""

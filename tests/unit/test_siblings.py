@@ -10,10 +10,14 @@ import pytest
 
 from memory_system.search.columns import Columns, Row
 from memory_system.search.dates import Date, dates, nearness
-from memory_system.search.gathering import nearest
+from memory_system.search.gathering import gather, nearest
+from memory_system.search.keywords import NO_QUERY, WordIndex
 from memory_system.search.notes import ASKS, note
+from memory_system.search.query import SearchQuery
 from memory_system.search.scope import Scope
 from memory_system.search.siblings import NONE, Siblings
+from memory_system.search.tokens import Tokenizer
+from memory_system.search.view import View
 
 
 def chain(siblings: Siblings, slot: int) -> list[int]:
@@ -162,6 +166,28 @@ def test_the_nearest_are_those_that_may_be_seen() -> None:
         everything = nearest(columns, Scope("default", 10.0, include_archived=True), slots, 2)
         assert (everything == columns.around(slots, 2)).all()
         assert (found == columns.around(slots, 2)).all() == (not hidden)
+
+
+def test_what_is_found_beside_a_memory_has_its_own_surroundings() -> None:
+    """One chain from each memory found says the same as looking around all of them anew."""
+    rng = np.random.default_rng(5)
+    for archived in (0.0, 0.3):
+        columns = Columns()
+        for row_id in range(1, 201):
+            state = "archived" if rng.random() < archived else "active"
+            columns.put(row(row_id, parent_id=f"p{rng.integers(9)}", state=state))
+        view = View(columns, None, WordIndex(Tokenizer()), None, "", 0)
+        scope = Scope("default", 10.0)
+        mask = columns.visible(np.arange(200), scope) & (rng.random(200) < 0.7)
+        found = np.flatnonzero(mask & (rng.random(200) < 0.2))
+        slots, near = gather(view, SearchQuery("default", "", 10.0), NO_QUERY, found, mask)
+        beside = nearest(columns, scope, found, 2)
+        beside = beside[beside >= 0]
+        assert slots.tolist() == sorted({*found.tolist(), *beside[mask[beside]].tolist()})
+        around = nearest(columns, scope, slots, 2)
+        assert ((near.around == len(near.lengths) - 1) == (around < 0)).all()
+        pairs = {*zip(near.around[around >= 0].tolist(), around[around >= 0].tolist(), strict=True)}
+        assert len(pairs) == len({number for number, _ in pairs}) == len({slot for _, slot in pairs})
 
 
 def test_no_more_than_fourteen_in_a_row_are_passed_over() -> None:

@@ -204,12 +204,13 @@ def test_the_highest_are_all_there() -> None:
             assert np.array_equal(np.sort(scores[places])[::-1][: len(best)], best)
 
 
-def test_blocks_hold_rows_across_their_borders(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("by_axis", [False, True])
+def test_blocks_hold_rows_across_their_borders(by_axis: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     from memory_system.search import blocks
 
     monkeypatch.setattr(blocks, "_ROWS", 8)
     rows = np.random.default_rng(1).standard_normal((50, 5)).astype(np.float32)
-    held = Blocks(5)
+    held = Blocks(5, by_axis)
     held.put_each(np.arange(40), rows[:40])
     for slot in range(40, 50):
         held.put(slot, rows[slot])
