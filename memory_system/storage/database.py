@@ -137,7 +137,8 @@ def open_store(path: Path, synchronous: str = "full") -> sqlite3.Connection:
     except BaseException as error:
         if db is not None:
             db.close()
-        if isinstance(error, sqlite3.Error):
+        # SQLite quotes what it cannot read, and damaged bytes of a schema need be no text at all.
+        if isinstance(error, (sqlite3.Error, UnicodeDecodeError)):
             raise StorageFailed(f"{path} cannot be opened as a memory store: {error}") from error
         raise
     return db

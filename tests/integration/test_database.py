@@ -162,6 +162,19 @@ def test_a_file_that_is_no_store_of_ours_is_refused_and_left_as_it_is(tmp_path: 
     assert contents(tmp_path) == before
 
 
+def test_a_schema_that_is_no_text_any_more_is_refused_as_damage_is(tmp_path: Path) -> None:
+    """SQLite quotes the statement that it cannot read, bytes and all."""
+    path = tmp_path / "memory.db"
+    database.open_store(path).close()
+    whole = path.read_bytes()
+    damaged = whole.replace(b"CREATE INDEX memories_by_due", b"CREATE \xc9NDEX memories_by_due", 1)
+    assert damaged != whole
+    path.write_bytes(damaged)
+    with pytest.raises(StorageFailed, match="cannot be opened as a memory store"):
+        database.open_store(path)
+    assert path.read_bytes() == damaged
+
+
 def test_an_empty_file_becomes_a_store(tmp_path: Path) -> None:
     path = tmp_path / "memory.db"
     path.touch()
