@@ -72,7 +72,7 @@ demo: $(SERVICE) ## Store a long conversation and ask about it (DATA=file)
 	@MEMORY_KEY_FILE="$${MEMORY_KEY_FILE:-$(wildcard data/keys/operator.key)}" $(PY) examples/demo.py $(if $(DATA),"$(DATA)")
 
 test: lint type ## Lint, types and all tests
-	@$(PY) -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	@$(PY) -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 
 lint: $(DEVELOPMENT) ## Check style, format, and that what is installed is what is pinned
 	@$(PY) -m ruff check .
