@@ -1,7 +1,8 @@
 # `make help` lists the targets. Variables: PYTHON (the interpreter for the virtual environment), CONFIG (a
 # configuration file), DATA (conversations for the demo and the benchmarks), PIP_ARGS (further options of pip install),
 # BOOT_DIR (where install-boot writes instead of systemd's folder), FROM and TO (files of restore, export and imports),
-# AGENT, ROLE, NAMESPACES, ACT_FOR, REVOKE and LIST (of keys).
+# JOB, DRY_RUN and AS_OF (of run-job), AGENT, ROLE, NAMESPACES, ACT_FOR, REVOKE and LIST (of keys), MINUTES, SEED and
+# ONLY (of torture), FUZZ_REQUESTS (of fuzz), SIZES and RUN (of benchmarks), ARGS (further arguments of a script).
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -21,7 +22,7 @@ endif
 .PHONY: help start-pc2 stop-pc2 status logs tail-errors jobs run-job keys backup restore accept-store export import import-facts import-sessions demo test lint type coverage fuzz torture bench bench-due bench-maintenance bench-consolidation bench-embedding bench-retrieval bench-scale bench-growth bench-conditions bench-stages bench-peers bench-check bench-publish bench-charts bench-report install-boot uninstall-boot clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-19s %s\n", $$1, $$2 }' Makefile
 
 start-pc2: $(SERVICE) ## Install what is missing, start all programs, wait until they are healthy (CONFIG=file)
 	@$(PY) scripts/pc2.py start
@@ -120,7 +121,7 @@ bench-growth: $(SERVICE) ## Measure requests in stores of 1,000 to 100,000 memor
 bench-charts: $(CHARTS) ## Draw the last runs into docs/img
 	@$(PY) bench/charts.py $(wildcard $(foreach kind,service peers growth stages,$(BENCH)/$(kind).json))
 
-bench-report: ## Measure all that docs/performance.md compares, one after the other, and draw it (about an hour)
+bench-report: ## Run bench, -stages, -conditions, -growth and -peers one after the other, and draw them (about an hour)
 	@$(MAKE) --no-print-directory bench ARGS=--markdown
 	@$(MAKE) --no-print-directory bench-stages
 	@$(MAKE) --no-print-directory bench-conditions

@@ -3,11 +3,11 @@
 
     python bench/due.py [--sizes 10000,100000,1000000] [--due 1000] [--runs 7] [--folder DIR]
 
-For each size it makes a store of synthetic memories, which are inserted directly (without vectors: ageing does not
-look at them), of which the same number is due: some to be promoted, some to be
-archived, some to be looked at again. Then it times one decay run, select and apply, in slices of 200 as the service
-does it, with a commit and its sync for each slice. The same due rows are put back, and the stores take turns, so that
-what else the machine does falls on all of them; the figure is the shortest run of each, since what disturbs only adds.
+For each size it makes a store of synthetic memories, which are inserted directly (without vectors: ageing does not look
+at them), of which the same number is due: some to be promoted, some to be archived, some to be looked at again. Then it
+times one decay run, select and apply, in slices of 200 (the service takes `maintenance.slice_rows`, 25 by default),
+with a commit and its sync for each slice. The same due rows are put back, and the stores take turns, so that what else
+the machine does falls on all of them; the figure is the shortest run of each, since what disturbs only adds.
 Exit status 1 when a larger store takes more than twice as long as the smallest.
 """
 

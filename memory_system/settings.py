@@ -48,7 +48,7 @@ def _redis_url(text: str) -> None:
 class NetworkSettings:
     bind: str = key(
         "127.0.0.1",
-        "Address the service listens on. Any but a loopback address needs security.allow_insecure.",
+        "Address the service listens on. Any but a loopback address needs keys, or security.allow_insecure.",
         noun="an IP address or localhost",
         check=_address,
     )
@@ -187,7 +187,7 @@ class SearchSettings:
     hnsw_ef: int = key(
         100, "Least candidates looked at in each part of the graph by a search.", unit="vectors", span=(1, 10_000)
     )
-    threads: int = key(2, "Threads that search vectors.", unit="threads", span=(1, 256))
+    threads: int = key(2, "Threads that run searches.", unit="threads", span=(1, 256))
     snapshot_s: float = key(300.0, "Interval at which a changed index is saved.", unit="s", span=(0.1, 86_400))
     filterable_metadata: tuple[str, ...] = key(
         (),

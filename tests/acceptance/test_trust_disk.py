@@ -47,7 +47,7 @@ def failed_sync(folder: Path, call: int) -> str:
         told = replies(orchestrator)
         process = orchestrator.process
         assert process is not None
-        if len(told) == WRITES and all(reply is not None for reply in told.values()):
+        if len(told) == WRITES and all(reply and reply["status"] == "success" for reply in told.values()):
             orchestrator.kill()
             outcome = "went on"
         else:
@@ -76,16 +76,16 @@ def replies(orchestrator: WrappedOrchestrator) -> dict[str, Reply | None]:
             told[content] = None
             while orchestrator.alive and told[content] is None and time.monotonic() < deadline_s:
                 with contextlib.suppress(TimeoutError):
-                    around = {"request_id": f"request-{number:04d}"}
+                    around = {"request_id": f"request-{number:08d}"}
                     told[content] = orchestrator.ask("add_memory", around, content=content, timeout_s=2.0)
             if told[content] is None:
                 break
     return told
 
 
-@pytest.mark.parametrize("call", [3, 16, 40])
-def test_wherever_a_sync_fails_nothing_acknowledged_is_lost(tmp_path: Path, call: int) -> None:
-    failed_sync(tmp_path, call)
+@pytest.mark.parametrize(("call", "outcome"), [(3, "refused to start"), (16, "ended"), (40, "ended")])
+def test_wherever_a_sync_fails_nothing_acknowledged_is_lost(tmp_path: Path, call: int, outcome: str) -> None:
+    assert failed_sync(tmp_path, call) == outcome
 
 
 # -- a sync that takes its time ---------------------------------------------------------------------------------------
