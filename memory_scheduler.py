@@ -20,10 +20,11 @@ from memory_system import log
 from memory_system.actions import ActionServer
 from memory_system.keys import key_for
 from memory_system.metrics import traffic_families
+from memory_system.metrics_start import start_metrics
 from memory_system.program import connect_address, ends, listen_address, run_program
 from memory_system.reporting import Reporting
 from memory_system.scheduling.desk import Desk
-from memory_system.security import Gate, policy_for
+from memory_system.security import Gate
 from memory_system.settings import Settings
 
 NAME: Final = "memory_scheduler"
@@ -97,16 +98,8 @@ class Scheduler:
                 await result
 
     def _open_metrics(self) -> None:
-        port = self.settings.metrics.memory_scheduler_port
-        if not port:
-            return
-        # Not above: it brings an HTTP server and prometheus_client, which nobody needs who has no metrics.
-        from memory_system.metrics_server import MetricsServer
-
-        network = self.settings.network
-        server = MetricsServer(network.bind, port, self._families, policy_for(network, self.settings.security))
-        server.start()
-        self._closers.append(lambda: asyncio.to_thread(server.close))
+        close = start_metrics(self.settings, self.settings.metrics.memory_scheduler_port, self._families)
+        self._closers.append(lambda: asyncio.to_thread(close))
 
     def _families(self) -> list[Any]:
         return [

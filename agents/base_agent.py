@@ -39,10 +39,11 @@ from memory_system.fields import expected, hints_of
 from memory_system.grants import ANY, READ
 from memory_system.keys import key_for
 from memory_system.metrics import Family, traffic_families
+from memory_system.metrics_start import start_metrics
 from memory_system.process_figures import process_figures
 from memory_system.program import connect_address, ends, listen_address, run_program
 from memory_system.reporting import Reporting
-from memory_system.security import Gate, policy_for
+from memory_system.security import Gate
 from memory_system.settings import Settings
 
 __all__ = ["BaseAgent", "Caller", "Fields", "Request", "Span", "acting", "action", "caller", "passed_on"]
@@ -246,15 +247,8 @@ class BaseAgent:
 
     def _open_metrics(self) -> None:
         port = getattr(self.settings.metrics, f"{self.name}_port", 0)
-        if not port:
-            return
-        # Not above: it brings an HTTP server and prometheus_client, which nobody needs who has no metrics.
-        from memory_system.metrics_server import MetricsServer
-
-        network = self.settings.network
-        server = MetricsServer(network.bind, port, self._families, policy_for(network, self.settings.security))
-        server.start()
-        self._closers.append(lambda: asyncio.to_thread(server.close))
+        close = start_metrics(self.settings, port, self._families)
+        self._closers.append(lambda: asyncio.to_thread(close))
 
     def _families(self) -> list[Family]:
         return [

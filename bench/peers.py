@@ -92,9 +92,10 @@ class Bench:
         opened = system.ask("open", folder=str(self.folder / f"{system.name}-{repeat}-adds"))
         self.facts[system.name] = opened["facts"]
         items = list(self.task.items)
+        most = min(self.options.adds, len(items) // len(CLIENTS))  # something is left for each of them
         for clients in CLIENTS:
             self._say(f"{system.name}: adds of {clients} clients")
-            answer = system.ask("add", clients=clients, items=items[: self.options.adds], seconds=self.options.seconds)
+            answer = system.ask("add", clients=clients, items=items[:most], seconds=self.options.seconds)
             items = items[answer["items"] :]
             found[f"add {clients}"] = _add_figures(answer)
         system.ask("close")
@@ -198,8 +199,8 @@ def main(given: Sequence[str] | None = None) -> int:
     try:
         path = options.file or next(path for path in DATA_FILES if path.exists())
         given_task = task(locomo.load(path), options.turns, options.questions)
-        if len(given_task.questions) < len(CLIENTS):
-            raise locomo.BadFile(f"{path}: it has too few questions with evidence")
+        if min(len(given_task.items), len(given_task.questions)) < len(CLIENTS):
+            raise locomo.BadFile(f"{path}: it has too few turns, or questions with evidence")
         return measure(given_task, options, console)
     except (locomo.BadFile, PeerFailure) as error:
         console.print(f"error: {error}", style="red", markup=False)

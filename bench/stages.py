@@ -179,6 +179,7 @@ async def measure(folder: Path, requests: int, group: int) -> dict[str, dict[str
         "MEMORY__ERROR_BUS__ENABLED": "false",
     }
     timer, found = Timer(), {}
+    answered = requests // group * group
     with timer.installed():
         runtime = Runtime(load_settings(environ=environ), on_fatal=_fail, health=dict)
         await runtime.start()
@@ -192,8 +193,8 @@ async def measure(folder: Path, requests: int, group: int) -> dict[str, dict[str
                 await _groups(runtime.dispatcher, bodies, requests, group)
                 after = thread_times_s()
                 found[action] = {
-                    "stages": timer.stages_us(requests // group * group),
-                    "threads": {name: 1e6 * (after[name] - before.get(name, 0.0)) / requests for name in after},
+                    "stages": timer.stages_us(answered),
+                    "threads": {name: 1e6 * (after[name] - before.get(name, 0.0)) / answered for name in after},
                 }
         finally:
             await runtime.close()

@@ -15,7 +15,6 @@ Request = dict[str, Any]
 Server = Literal["echo", "reference", "reads", "writes", "model"]
 
 NAMESPACE: Final = "bench"
-ECHO_BYTES: Final = 300
 BATCH: Final = 1000
 # Requests are made ahead of the measurement and used in turn: the load generator shares the cores with the service.
 _READY_TEXTS: Final = 500

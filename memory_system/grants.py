@@ -171,7 +171,7 @@ class Grants:
                 keys.check_private(path, os.fstat(file.fileno()).st_mode, readable=True)
                 text = file.read(_MAX_FILE_BYTES + 1)
         except OSError as error:
-            raise ConfigError(f"the grants {path} cannot be read: {error.strerror}; make them: make keys") from None
+            raise ConfigError(f"the grants {path} cannot be read: {error.strerror}; make them: make keys") from error
         if len(text) > _MAX_FILE_BYTES:
             raise ConfigError(f"{path} is larger than {_MAX_FILE_BYTES} bytes, about 6,000 keys")
         return cls.parse(text, str(path))

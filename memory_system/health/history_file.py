@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -101,9 +102,10 @@ class HistoryFile:
         self.measure()
 
     def measure(self) -> None:
-        """Note the size of the file."""
+        """Note the size of the file, where it tells. What is wrong with it the next use finds out and tells."""
         if self.store is not None:
-            self.size_bytes = self.store.size_bytes()
+            with contextlib.suppress(sqlite3.Error):
+                self.size_bytes = self.store.size_bytes()
 
     def failed(self, error: Exception) -> HistoryFailed:
         """Note a failure; the same for whoever waits. A connection that is not to be trusted is given up."""

@@ -61,6 +61,8 @@ class SearchEngine:
         self._threads = ThreadPoolExecutor(settings.threads, thread_name_prefix="search")
         # Each thread computes by itself: on cores that are busy, those that share a product wait for each other.
         threadpool_limits(1, "blas")
+        # Of the views' columns, also where there is no view yet.
+        self._covers = Columns(settings.filterable_metadata).covers
         self._connections = Connections(connect, query_s)
         self._connections.warm(settings.threads)
 
@@ -221,9 +223,8 @@ class SearchEngine:
 
     def _allowed_ids(self, conn: sqlite3.Connection, scope: Scope) -> list[int] | None:
         """The row ids in scope by SQL; None when the columns can tell by themselves."""
-        with self._index.reading() as view:
-            if view is None or view.columns.covers(scope.filter):
-                return None
+        if self._covers(scope.filter):
+            return None
         where, params = scope.where(self._lifecycle)
         return [row_id for (row_id,) in conn.execute(f"SELECT m.row_id FROM memories AS m WHERE {where}", params)]
 

@@ -97,15 +97,6 @@ def read_newest(conn: sqlite3.Connection, namespace: str, limit: int) -> list[in
     return [row_id for (row_id,) in conn.execute(sql, (namespace, limit))]
 
 
-def read_digests(conn: sqlite3.Connection, namespace: str, row_ids: Sequence[int]) -> dict[int, bytes]:
-    """The content digests of those of the rows that are in the namespace and can be searched."""
-    sql = (
-        f"SELECT row_id, content_digest FROM memories WHERE row_id IN ({', '.join('?' * len(row_ids))})"
-        " AND namespace = ? AND memory_type <> 'session'"
-    )
-    return dict(conn.execute(sql, (*row_ids, namespace)))
-
-
 def count_pending(conn: sqlite3.Connection, namespace: str, model_id: str | None) -> int:
     """How many rows of a namespace have no valid vector, where the index cannot tell."""
     sql = (

@@ -78,7 +78,8 @@ def _chains(columns: Columns, scope: Scope, found: Ids, mask: Mask) -> Ids:
     chains = nearest(columns, scope, found[~spoken_for], 2 * _REACH, _heard)
     beside = chains[_REACH:-_REACH].ravel()
     beside = beside[(beside >= 0) & (beside < len(mask))]
-    into = speakers.into[beside[mask[beside]]]
+    # What is spoken for may speak in turn: it was merged again.
+    into = speakers.into[np.concatenate([beside[mask[beside]], found[spoken_for]])]
     apart = np.unique(np.concatenate([found[spoken_for], into[into != NONE]]))
     alone = np.full((len(chains), len(apart)), NONE, np.int64)
     alone[2 * _REACH] = apart

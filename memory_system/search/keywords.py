@@ -16,7 +16,7 @@ import numpy.typing as npt
 from memory_system.search.columns import Ids, Mask
 from memory_system.search.notes import note
 from memory_system.search.postings import Occurrences, Places, Postings
-from memory_system.search.segment import Floats, Segment, key_of
+from memory_system.search.segment import Floats, key_of
 from memory_system.search.tokens import Hashes, Tokenizer, query_words
 from memory_system.search.vectors import best
 
@@ -94,9 +94,6 @@ class KeywordIndex(Protocol):
 
     def notes(self, slots: Ids) -> Hashes:
         """The notes of each slot's text; 0 for a slot without text, such as -1."""
-
-    def scope_counts(self, query: KeywordQuery, mask: Mask) -> npt.NDArray[np.int64]:
-        """How many of the texts that the mask allows have each term."""
 
 
 def bm25(query: KeywordQuery, frequencies: Floats, lengths: Floats) -> Floats:
@@ -191,26 +188,12 @@ class WordIndex:
     def notes(self, slots: Ids) -> Hashes:
         return _by_slot(self.postings.notes, slots)
 
-    def scope_counts(self, query: KeywordQuery, mask: Mask) -> npt.NDArray[np.int64]:
-        counts = np.zeros(len(query.terms), np.int64)
-        for segment, spans in query.places.each:
-            allowed = _allowed(segment, mask)
-            for term, begin, end in spans:
-                counts[term] += np.count_nonzero(allowed.take(segment.docs[begin:end]))
-        return counts
-
 
 def _by_slot(values: npt.NDArray[Any], slots: Ids) -> npt.NDArray[Any]:
     """The slots' values, 0 for those that have none."""
     known = (slots >= 0) & (slots < len(values))
     found: npt.NDArray[Any] = np.where(known, values[np.where(known, slots, 0)], values.dtype.type(0))
     return found
-
-
-def _allowed(segment: Segment, mask: Mask) -> Mask:
-    """The mask by text of the segment."""
-    allowed: Mask = mask.take(segment.slots, mode="clip")
-    return allowed & (segment.slots >= 0) if segment.gone else allowed
 
 
 def _likely(query: KeywordQuery, lengths: npt.NDArray[np.int32], mask: Mask, k: int) -> tuple[Ids, Floats]:

@@ -64,7 +64,8 @@ class Hit:
 class SearchOutcome:
     """`pending`: memories of the namespace without a vector. `candidates`: the size of the pool ranked.
 
-    `reason` says why the outcome is `degraded`: index_loading, index_failed, no_query_vector, other_model, no_vector.
+    `reason` says why the outcome is `degraded`: index_loading, index_failed, index_behind, no_query_vector,
+    other_model, no_vector.
     """
 
     hits: list[Hit]

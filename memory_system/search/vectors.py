@@ -172,7 +172,7 @@ class VectorIndex:
         count = int(np.count_nonzero(allowed))
         if count == 0 or k <= 0:
             return np.zeros(0, np.int64), np.zeros(0, np.float32)
-        if count <= max(self._settings.exact_max, 2 * _FIRST * max(k, NEAREST)):
+        if self._are_few(count, k):
             return self._by_each(query, allowed, k)
         by_graph = count >= max(_GRAPH_MIN_SHARE * self._count, self._settings.graph_from)
         found = self._by_graph(query, allowed, count, k) if by_graph else None
@@ -181,6 +181,10 @@ class VectorIndex:
     def nearest(self, query: Vectors, mask: Mask, k: int) -> Found:
         """What `search` finds if it compares every allowed vector."""
         return self._by_each(query, mask & self._columns.has_vector[: len(mask)], k)
+
+    def _are_few(self, count: int, k: int) -> bool:
+        """Whether so many are compared one by one. Short forms need more than they look at: see `_by_sketch`."""
+        return count <= max(self._settings.exact_max, 2 * _FIRST * max(k, NEAREST))
 
     def _by_each(self, query: Vectors, allowed: Mask, k: int) -> Found:
         slots = np.flatnonzero(allowed)
@@ -243,7 +247,11 @@ class VectorIndex:
         cosines = self._matrix.products_of(query, slots)
         if count == reachable:
             return self._best(slots, cosines, k)
-        rest = self._by_sketch(query, allowed & ~held, count - reachable, k)
+        others = allowed & ~held
+        if self._are_few(count - reachable, k):
+            rest = self._by_each(query, others, k)
+        else:
+            rest = self._by_sketch(query, others, count - reachable, k)
         return self._best(np.concatenate([slots, rest[0]]), np.concatenate([cosines, rest[1]]), k)
 
     # ---- what makes searches faster, made aside ----

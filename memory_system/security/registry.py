@@ -63,8 +63,11 @@ class Registry:
             try:
                 grants = Grants.load(self.path)
             except ConfigError as error:
+                if isinstance(error.__cause__, OSError):
+                    self._stamp = None  # what cannot be read now is tried again: perhaps no file was left to open it
+                if error.message != self.problem:
+                    log.error("grants_not_usable", reason=f"{error.message}; the grants from before stay in force")
                 self.problem = error.message
-                log.error("grants_not_usable", reason=f"{error.message}; the grants from before stay in force")
                 return False
             self._use(grants)
             self.problem = ""

@@ -17,8 +17,6 @@ from memory_system.storage import inspection, migrations
 
 APPLICATION_ID: Final = migrations.APPLICATION_ID
 BUSY_TIMEOUT_MS: Final = 5000
-# Fixed in 3.51.3: two connections that write or checkpoint at one instant can lose a commit. Here only one does.
-WAL_RESET_FIXED: Final = (3, 51, 3)
 
 
 class StoreLock:

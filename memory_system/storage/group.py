@@ -142,7 +142,7 @@ class GroupRunner:
     def _run_again(self, group: Group) -> None:
         """Begin the group anew, each job in a savepoint of its own."""
         self._db.execute("ROLLBACK")
-        self._sequences.update(group.sequences_before)
+        self._set_back(group.sequences_before)
         group.sequences_before.clear()
         self._db.execute("BEGIN IMMEDIATE")
         for outcome in group.outcomes:
@@ -188,7 +188,15 @@ class GroupRunner:
             log.error("internal_error", error=error_name(error), request_id=job.request_id, exc_info=error)
             outcome.error = InternalError("the service failed at this request; its log has the details")
         if outcome.error is not None:
-            self._sequences[job.namespace] = before
+            self._set_back({job.namespace: before})
+
+    def _set_back(self, before: dict[str, int]) -> None:
+        """Of a namespace without a commit nothing is kept: anybody may name any in a write that fails."""
+        for namespace, seq in before.items():
+            if seq:
+                self._sequences[namespace] = seq
+            else:
+                self._sequences.pop(namespace, None)
 
     def _apply(self, job: WriteJob) -> tuple[Reply, WriteContext]:
         context = WriteContext(self._db, self._clock(), job.namespace, self._lifecycle, self._view)
@@ -217,7 +225,7 @@ class GroupRunner:
             self._db.execute("ROLLBACK")
         if not group.outcomes:  # not even BEGIN went through; who waits is told, and can decide
             group.outcomes = [Outcome(job) for job in waiting.take_all()]
-        self._sequences.update(group.sequences_before)
+        self._set_back(group.sequences_before)
         named = _named(error)
         full = isinstance(named, StorageFull)
         log.error(

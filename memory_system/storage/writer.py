@@ -1,8 +1,8 @@
 """The one thread that writes: a whole group of requests is one transaction, run as one function.
 
 Requests that wait while a group commits form the next group, so the cost of a sync is shared by all that are
-waiting and nobody waits for a timer. Each request has a savepoint of its own: one that fails takes nothing
-with it. Nothing is reported before COMMIT has returned.
+waiting and nobody waits for a timer. One that fails takes nothing with it: when it had written already, the group is
+run again with a savepoint for each request. Nothing is reported before COMMIT has returned.
 """
 
 from __future__ import annotations

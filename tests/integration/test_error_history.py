@@ -786,6 +786,22 @@ def test_a_damaged_file_is_set_aside_once_though_there_is_no_room_for_a_new_one(
     assert len(glob.glob(str(tmp_path / "health.db.corrupt-*"))) == 1
 
 
+def test_a_size_that_cannot_be_read_after_a_commit_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(store: Store) -> int:
+        raise sqlite3.OperationalError("disk I/O error")
+
+    async def use() -> None:
+        async with opened(tmp_path) as history:
+            with monkeypatch.context() as meanwhile:
+                meanwhile.setattr(Store, "size_bytes", fails)
+                assert counted(await asyncio.wait_for(history.submit(events(1)), 5.0)) == 1
+            assert counted(await asyncio.wait_for(history.submit(events(2)), 5.0)) == 2
+
+    asyncio.run(use())
+
+
 def test_shared_rows_of_a_failed_commit_are_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another event takes the row id that was rolled back, and must not be counted for."""
     fail = [False]

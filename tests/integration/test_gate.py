@@ -4,6 +4,7 @@ the tests are seen to tell the difference), and the gate, which lets in none."""
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import threading
@@ -351,6 +352,25 @@ def test_grants_that_are_not_usable_change_nothing(
         path.write_bytes(before)
         path.chmod(0o600)
         wait_until(lambda: not gate.figures()["grants_problem"] and bool(gate.grants.by_key), "the next is read", 5.0)
+
+
+def test_grants_that_could_not_be_read_for_a_moment_are_read_again(
+    ring: KeyRing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody touches the file again after a key was revoked while no file was left to open it."""
+    registry = Registry(ring.folder / keys.GRANTS_FILE)
+    ring.revoke("planner")
+
+    def none_left(*_: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(Path, "open", none_left)
+        assert not registry.look() and not registry.look()
+    assert "Too many open files" in registry.problem
+    assert registry.look() and not registry.problem
+    with pytest.raises(AccessDenied, match="revoked"):
+        registry.identity(ring.keys["planner"].public.decode())
 
 
 @pytest.mark.parametrize("text", ["", "# nobody yet\n", "[]\n"])

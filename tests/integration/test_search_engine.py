@@ -332,6 +332,21 @@ def test_pages_join_without_gap(store: SearchStore, start: Start) -> None:
     assert paged == whole and len(set(whole)) == 40
 
 
+def test_while_there_is_no_index_filters_of_any_field_hold(store: SearchStore) -> None:
+    red = store.add("heron", metadata={"colour": "red", "topic": "birds"})
+    store.add("another heron", metadata={"colour": "blue", "topic": "coasts"})
+    index = SearchIndex(SETTINGS, store.path, store.connect)  # and it is never started
+    engine = SearchEngine(SETTINGS, LifecycleSettings(), store.path, index, store.connect)
+    try:
+        for raw in ({"metadata.colour": "red"}, {"metadata.topic": "birds"}, {"created_by": "agent"}):
+            outcome = engine.search(query("heron", mode="keyword", filter=raw))
+            assert outcome.reason == "index_loading" and red in ids(outcome)
+            assert len(outcome.hits) == (2 if "created_by" in raw else 1)
+    finally:
+        engine.close()
+        index.close()
+
+
 def test_without_a_vector_the_words_answer(store: SearchStore, start: Start) -> None:
     row = store.add("heron", VECTORS[0])
     index, engine = start(model=None)
@@ -500,6 +515,21 @@ def test_originals_speak_for_the_memory_that_they_became(store: SearchStore, sta
     reloaded, other = start()
     caught_up(store, reloaded)
     assert [(hit.row_id, hit.score) for hit in other.search(asked).hits] == [(hit.row_id, hit.score) for hit in hits]
+
+
+def test_what_was_merged_again_speaks_for_what_it_became(store: SearchStore, start: Start) -> None:
+    """Neither words nor a vector of its own lead to it."""
+    first = store.add("the heron landed on the pier", VECTORS[0])
+    between = store.add("birds by the pier", VECTORS[1])
+    other = store.add("tax forms", VECTORS[2])
+    last = store.add("things of the coast")
+    for became, original in ((between, first), (last, between)):
+        store.db.execute("INSERT INTO consolidations VALUES (?, 'summary', 'extractive', NULL, ?)", (became, NOW_S))
+        store.db.execute("INSERT INTO consolidation_members VALUES (?, ?, '{}')", (became, original))
+        store.update(original, state="archived", archived_at=NOW_S)
+    index, engine = start()
+    caught_up(store, index)
+    assert ids(engine.search(query("pier", VECTORS[1]))) == [last, other]
 
 
 @pytest.mark.parametrize("change", ["the original is deleted", "the summary is archived", "the summary is deleted"])

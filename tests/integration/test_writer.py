@@ -198,6 +198,24 @@ def key(request_id: str, payload: bytes = b"payload") -> Key:
 # -- groups ---------------------------------------------------------------------------------------------------------
 
 
+def test_a_namespace_that_only_failing_writes_name_is_not_kept(tmp_path: Path) -> None:
+    def refuse(context: WriteContext) -> Reply:
+        raise MemoryNotFound("no such memory")
+
+    async def scenario() -> None:
+        async with running(tmp_path) as bench:
+            await bench.group([note("a", namespace="home")])
+            half_done = replace(failing(MemoryNotFound("late")), namespace="half-done")
+            names = ("home", "nobody", "no one")
+            await bench.group([*(WriteJob(refuse, name) for name in names), half_done, note("b", namespace="new")])
+            bench.spy.fail_at("COMMIT", sqlite3.SQLITE_FULL)
+            with pytest.raises(StorageFull):
+                await bench.writer.submit(note("c", namespace="unkept"))
+            assert bench.writer._runner.sequences == {"home": 1, "new": 1}
+
+    run(scenario)
+
+
 def test_what_waits_together_is_one_transaction(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with running(tmp_path) as bench:

@@ -159,6 +159,21 @@ def test_a_graph_is_built_in_parts_and_loses_nothing_meanwhile() -> None:
     assert index.graph.count == 3000 and recall(index, 3900) >= 0.98, "the rest is compared beside it"
 
 
+def test_few_beside_a_graph_are_those_that_the_mask_allows() -> None:
+    index = index_of(spread(3000), exact_max=100, graph_from=2000, hnsw_ef_construction=60)
+    while index.improve(LOCK):
+        pass
+    later = spread(300, seed=5)
+    for row_id, vector in enumerate(later, start=3001):
+        index.put(index._columns.put(row(row_id)), vector)
+    mask = np.arange(3300) < 3000
+    mask[3000::15] = True
+    assert index.graph.count == 3000
+    for query in later[:40]:
+        slots, _ = index.search(query, mask, K)
+        assert mask[slots].all() and len(set(slots.tolist())) == K
+
+
 def test_what_is_gone_from_a_graph_is_not_found_and_much_gone_gives_it_up() -> None:
     made = spread(1000)
     index = index_of(made, exact_max=100, graph_from=500, hnsw_ef_construction=60)
