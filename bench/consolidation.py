@@ -47,7 +47,6 @@ from memory_system.consolidation.summary import sentences  # noqa: E402
 from memory_system.errors import MemorySystemError  # noqa: E402
 from memory_system.search.tokens import query_words  # noqa: E402
 
-DATA_FILES: Final = (PROJECT.parent / "shared" / "data" / "locomo_dev.json", PROJECT / "examples" / "conversation.json")
 BEFORE: Final = 10
 # More results than any budget holds.
 AFTER: Final = 40
@@ -83,7 +82,7 @@ def main() -> int:
     options = _options()
     report = Report()
     try:
-        path = options.file or next(path for path in DATA_FILES if path.exists())
+        path = options.file or locomo.default_file()
         conversations = locomo.load(path)[: options.conversations]
         with data_folder() as folder:
             settings = FADING | dict(pair.split("=", 1) for pair in options.set)

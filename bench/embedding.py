@@ -44,7 +44,6 @@ from memory_system.embedding.interface import Vectors  # noqa: E402
 from memory_system.errors import ConfigError, VectorsUnavailable  # noqa: E402
 from memory_system.settings import EmbeddingSettings  # noqa: E402
 
-DATA_FILES: Final = (PROJECT.parent / "shared" / "data" / "locomo_dev.json", PROJECT / "examples" / "conversation.json")
 YARDSTICK: Final = "SentenceTransformer"
 HEADINGS: Final = (
     "what", "texts/s", "min to max", "ratio", "CPU ms/text", "ratio", "one query ms", "ratio", "cosine least",
@@ -78,7 +77,7 @@ class Subject:
 def main() -> int:
     options = _options()
     try:
-        path = options.file or next(path for path in DATA_FILES if path.exists())
+        path = options.file or locomo.default_file()
         return asyncio.run(_compare(locomo.load(path), options))
     except (locomo.BadFile, ConfigError, VectorsUnavailable) as error:
         print(f"bench: {error}", file=sys.stderr)

@@ -43,7 +43,7 @@ from rich.console import Console  # noqa: E402
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: E402
 from rich.table import Table  # noqa: E402
 from run import INTERRUPTS, WIDTH, interrupt  # noqa: E402
-from scale import DATA_FILES, some_questions  # noqa: E402
+from scale import some_questions  # noqa: E402
 from servers import Asker, Server, ServerFailure, data_folder, file_system, start_service  # noqa: E402
 
 SIZES: Final = "1000,10000,100000"
@@ -65,7 +65,7 @@ class Size:
 
 class Bench:
     def __init__(self, options: argparse.Namespace, folder: Path, progress: Progress) -> None:
-        conversations = locomo.load(options.file or next(path for path in DATA_FILES if path.exists()))
+        conversations = locomo.load(options.file or locomo.default_file())
         self._turns = [t.content for each in conversations for session in each.sessions for t in session.turns]
         asked = [question.text for each in conversations for question in each.questions]
         self._questions = some_questions(asked, self._turns, options.queries * options.repeats)

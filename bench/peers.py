@@ -50,7 +50,6 @@ from servers import data_folder, file_system  # noqa: E402
 from memory_system.embedding.model import resolve  # noqa: E402
 from memory_system.settings import EmbeddingSettings  # noqa: E402
 
-DATA_FILES: Final = (PROJECT.parent / "shared" / "data" / "locomo_dev.json", PROJECT / "examples" / "conversation.json")
 CLIENTS: Final = (1, 8)
 BATCH: Final = 100
 K: Final = 10
@@ -197,7 +196,7 @@ def main(given: Sequence[str] | None = None) -> int:
     for number in INTERRUPTS:
         signal.signal(number, interrupt)
     try:
-        path = options.file or next(path for path in DATA_FILES if path.exists())
+        path = options.file or locomo.default_file()
         given_task = task(locomo.load(path), options.turns, options.questions)
         if min(len(given_task.items), len(given_task.questions)) < len(CLIENTS):
             raise locomo.BadFile(f"{path}: it has too few turns, or questions with evidence")

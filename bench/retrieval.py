@@ -38,7 +38,6 @@ from servers import ServerFailure, data_folder, start_service, wait_for_embedder
 from memory_client import MemoryClient  # noqa: E402
 from memory_system.errors import MemorySystemError  # noqa: E402
 
-DATA_FILES: Final = (PROJECT.parent / "shared" / "data" / "locomo_dev.json", PROJECT / "examples" / "conversation.json")
 MODES: Final = ("dense", "keyword", "hybrid")
 CATEGORIES: Final = {1: "several turns", 2: "time", 3: "world knowledge", 4: "one turn", 5: "misleading"}
 RESULTS: Final = 20
@@ -65,7 +64,7 @@ def main() -> int:
     options = _options()
     report = Report()
     try:
-        path = options.file or next(path for path in DATA_FILES if path.exists())
+        path = options.file or locomo.default_file()
         conversations = locomo.load(path)[: options.conversations]
         with data_folder() as folder:
             settings = dict(pair.split("=", 1) for pair in options.set)

@@ -59,7 +59,6 @@ from memory_system.search.index import SearchIndex  # noqa: E402
 from memory_system.settings import SearchSettings  # noqa: E402
 from memory_system.storage.database import connect_reader  # noqa: E402
 
-DATA_FILES: Final = (PROJECT.parent / "shared" / "data" / "locomo_dev.json", PROJECT / "examples" / "conversation.json")
 SIZES: Final = "1000,10000,100000,1000000"
 SHARES: Final = (0.001, 0.01, 0.1, 1.0)
 CLIENTS: Final = (1, 8)
@@ -121,7 +120,7 @@ def some_questions(questions: Sequence[str], turns: Sequence[str], wanted: int) 
 
 class Bench:
     def __init__(self, options: argparse.Namespace, folder: Path, progress: Progress) -> None:
-        conversations = locomo.load(options.file or next(path for path in DATA_FILES if path.exists()))
+        conversations = locomo.load(options.file or locomo.default_file())
         self._turns = [t.content for each in conversations for session in each.sessions for t in session.turns]
         asked = [question.text for each in conversations for question in each.questions]
         self._questions = some_questions(asked, self._turns, options.queries)

@@ -31,14 +31,13 @@ MEASURED = 10
 QUESTIONS = 6
 # Beyond this many questions their tables are left out, unless --show asks for them.
 TABLES = 20
-DATA_FILES = (PROJECT.parent / "shared" / "data" / "locomo_dev.json", PROJECT / "examples" / "conversation.json")
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = _options(arguments)
     report = Report()
     try:
-        path = options.file or next(path for path in DATA_FILES if path.exists())
+        path = options.file or locomo.default_file()
         conversations = locomo.load(path)[: options.conversations]
         with connect(report, NAMESPACE) as client:
             _run(client, conversations, path, options, report)

@@ -15,6 +15,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+_PROJECT = Path(__file__).resolve().parent.parent
+# Longer ones than the project may carry, if somebody has put them beside it.
+_DATA_FILES = (_PROJECT.parent / "shared" / "data" / "locomo_dev.json", _PROJECT / "examples" / "conversation.json")
+
 # The format has one time for each session; turns are set this far apart, so that they keep their order.
 TURN_S = 20.0
 
@@ -77,6 +81,11 @@ class Conversation:
     @property
     def turns(self) -> int:
         return sum(len(session.turns) for session in self.sessions)
+
+
+def default_file() -> Path:
+    """What is taken where no file is named."""
+    return next(path for path in _DATA_FILES if path.exists())
 
 
 def load(path: Path) -> list[Conversation]:
