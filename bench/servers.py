@@ -121,6 +121,7 @@ def start_service(
     port = _free_port()
     environ = {key: value for key, value in os.environ.items() if not key.startswith("MEMORY")}
     environ["MEMORY__NETWORK__PORT"] = str(port)
+    environ["MEMORY__ERROR_BUS__ENABLED"] = "false"
     environ["MEMORY__STORAGE__PATH"] = str(folder / name / "memory.db")
     environ["MEMORY__LOG__DIR"] = str(folder / name / "logs")
     environ["MEMORY__EMBEDDING__PROVIDER"] = provider

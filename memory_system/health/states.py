@@ -120,7 +120,7 @@ class Component:
     def sign(self, sign: Sign, now_s: float) -> list[State]:
         """An answer or a heartbeat; one of another process than supervisor's says nothing of this one."""
         self._advance(now_s)
-        if not self.expects(sign.pid):
+        if not self.expects(sign):
             return []
         changes = []
         if sign.pid and self.pid and sign.pid != self.pid:
@@ -154,9 +154,17 @@ class Component:
 
     # -- what follows from it ---------------------------------------------------------------------------------
 
-    def expects(self, pid: int | None) -> bool:
-        """Whether a sign of life of this pid is one of this component."""
-        return pid is None or self.process is None or pid == self.process.pid
+    def expects(self, sign: Sign) -> bool:
+        """Whether a sign of life is one of this component.
+
+        Anybody on this host may send heartbeats in any name. Which process bears it is known from supervisor, and
+        without one from who answers at the component's address; only what is never asked is known by heartbeats alone.
+        """
+        if sign.pid is None:
+            return True
+        if self.process is not None:
+            return sign.pid == self.process.pid
+        return sign.pid == self.pid or not sign.is_heartbeat or self.heartbeat_s is not None
 
     def hangs(self) -> bool:
         """Whether killing its process is the remedy; for nothing else that can be wrong it is."""

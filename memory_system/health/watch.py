@@ -273,7 +273,7 @@ class Watch:
         self._take(name, self._watched[name], sign, time.monotonic())
 
     def _take(self, name: str, watched: Watched, sign: Sign, now_s: float) -> None:
-        if not watched.component.expects(sign.pid):
+        if not watched.component.expects(sign):
             self._looked_s = float("-inf")  # another process than supervisor told of: it will know by now
             return
         if sign.is_heartbeat:

@@ -87,12 +87,14 @@ class Ranked:
 
 
 def scaled(similarity: Floats) -> Floats:
-    """Cosines mapped to 0..1 between the pool's least and greatest; NaN gives 0, a pool of equals gives 1."""
+    """Cosines mapped to 0..1 between the pool's least and greatest; a pool of equals gives 1. What has no vector yet gives
+    the mean of those that have one: it is neither near nor far, and nothing without them."""
     known = ~np.isnan(similarity)
     part = np.zeros(len(similarity))
     if known.any():
         low, high = similarity[known].min(), similarity[known].max()
         part[known] = (similarity[known] - low) / (high - low) if high > low else 1.0
+        part[~known] = part[known].mean()
     return part
 
 

@@ -215,6 +215,19 @@ def test_heartbeats_without_answers_are_degraded_for_ever(healthy: Clocked) -> N
     assert not healthy.component.hangs()
 
 
+def test_heartbeats_in_the_name_of_one_that_is_asked_count_when_its_process_is_known() -> None:
+    """Neither before supervisor has told of it, nor while there is none: of its own process they do."""
+    clocked = Clocked()
+    assert clocked.beat(pid=99) == []
+    assert (clocked.state, clocked.component.pid) == ("starting", 0)
+    clocked.supervised(RUNNING)
+    assert clocked.sign() == ["healthy"]
+    clocked.supervised(None)
+    assert clocked.beat(pid=99) == []
+    assert clocked.component.pid == RUNNING.pid
+    assert clocked.sign(pid=99) == ["down", "healthy"], "whoever answers at its address bears the name"
+
+
 def test_heartbeats_of_another_process_keep_nobody_alive(healthy: Clocked) -> None:
     healthy.ask()
     for _ in range(4):
@@ -549,7 +562,7 @@ class World:
         self.answers.append((self.now_s + latency_s, sign))
 
     def _sign(self, sign: Sign) -> None:
-        if self.component.expects(sign.pid) and sign.pid == self.pid:
+        if self.component.expects(sign) and sign.pid == self.pid:
             self.last_sign_s = self.now_s
             # Once it has said so it may stay silent for ever.
             self.draining = self.draining or sign.state == "stopping"

@@ -40,8 +40,12 @@ def test_hybrid_is_the_weighted_sum_of_scaled_scores() -> None:
 
 
 def test_a_row_without_a_vector_still_ranks_by_its_words() -> None:
+    """As if it were as near as the others are in the mean: not behind one that has a few words and the only vector."""
     result = ranked("hybrid", [NAN, 0.9, 0.1], [8.0, 1.0, 0.0])
-    assert result.row_ids.tolist() == [2, 1, 3]
+    assert result.row_ids.tolist() == [1, 2, 3]
+    assert result.parts["dense"].tolist() == [0.5, 1.0, 0.0]
+    result = ranked("hybrid", [0.1, NAN, 0.9], [8.0, 8.0, 8.0])
+    assert result.row_ids.tolist() == [3, 2, 1]
     assert np.isnan(result.similarity[1])
 
 

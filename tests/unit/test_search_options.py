@@ -194,8 +194,8 @@ def hits(pool: Pool, likeness: diversity.Likeness | None = None, **fields: Any) 
 
 def test_the_floor_comes_before_the_cut() -> None:
     some = pool([0.1, 0.9, NAN, 0.5], [0.9, 0.0, 0.6, 0.1])  # rows 4, 3, 2, 1
-    assert [row for row, _ in hits(some, k=2, min_score=0.5)] == [3, 4]
-    assert [row for row, _ in hits(some, k=2, offset=2, min_score=0.5)] == [2, 1]
+    assert [row for row, _ in hits(some, k=2, min_score=0.5)] == [2, 3]
+    assert [row for row, _ in hits(some, k=2, offset=2, min_score=0.5)] == [4, 1]
     assert [row for row, _ in hits(some, mode="keyword", min_score=0.5)] == [4, 2]
     assert [row for row, _ in hits(some, mode="dense", min_score=0.95)] == []
 
