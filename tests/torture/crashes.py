@@ -64,7 +64,7 @@ def kill_at_points(run: Run) -> str:
         points = {name: _drawn(run, fault) for name, fault in test_trust_points.UNDER_LOAD.items()}
         findings = test_trust_points.run_through(folder, points, run.chance.randrange(2**32))
         assert findings == Findings(), findings
-        killed.update(points)
+        killed.update(list(points))
         run.say(f"{killed.total()} kills")
     others = 0
     for name in test_trust_points.OF_A_BACKUP:
