@@ -155,16 +155,11 @@ class Component:
     # -- what follows from it ---------------------------------------------------------------------------------
 
     def expects(self, sign: Sign) -> bool:
-        """Whether a sign of life is one of this component.
-
-        Anybody on this host may send heartbeats in any name. Which process bears it is known from supervisor, and
-        without one from who answers at the component's address; only what is never asked is known by heartbeats alone.
-        """
-        if sign.pid is None:
-            return True
+        """Whether a sign of life is of this component: anybody on this host may send heartbeats in its name, so its pid
+        is supervisor's, or that of who answers at its address; who is never asked is known by heartbeats alone."""
         if self.process is not None:
-            return sign.pid == self.process.pid
-        return sign.pid == self.pid or not sign.is_heartbeat or self.heartbeat_s is not None
+            return sign.pid in (None, self.process.pid)
+        return sign.pid in (None, self.pid) or not sign.is_heartbeat or self.heartbeat_s is not None
 
     def hangs(self) -> bool:
         """Whether killing its process is the remedy; for nothing else that can be wrong it is."""

@@ -87,8 +87,8 @@ class Ranked:
 
 
 def scaled(similarity: Floats) -> Floats:
-    """Cosines mapped to 0..1 between the pool's least and greatest; a pool of equals gives 1. What has no vector yet gives
-    the mean of those that have one: it is neither near nor far, and nothing without them."""
+    """Cosines mapped to 0..1 between the pool's least and greatest; a pool of equals gives 1. What has no vector yet
+    gives the mean of those that have one, being neither near nor far, and 0 where none has."""
     known = ~np.isnan(similarity)
     part = np.zeros(len(similarity))
     if known.any():
