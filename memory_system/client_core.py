@@ -33,7 +33,8 @@ R = TypeVar("R")
 
 MAX_DEADLINE_MS: Final = 86_400_000.0
 _HANGS_UP: Final = (
-    "ends each connection in its handshake: the key file is of another service (its line `server`), or it is too busy"
+    "ends each connection in its handshake: it wants a key (MEMORY_KEY_FILE), the key file is of another service (its "
+    "line `server`), or it is too busy"
 )
 # Less time than this is not worth an attempt; timers of some event loops fire up to 1 ms early.
 MIN_ATTEMPT_S: Final = 0.001

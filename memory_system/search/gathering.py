@@ -31,7 +31,7 @@ def evidence(
 ) -> tuple[Ids, Surroundings | None, npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """The slots to be ranked, what stands around them in hybrid mode, and how often each query term is in each of them
     ([terms, slots]), with their lengths in words."""
-    if query.mode != "hybrid":
+    if query.mode != "hybrid" or not len(found):
         return found, None, view.words.frequencies(words, found), view.words.lengths(found)
     slots, near = gather(view, query, words, np.sort(found), mask)
     return slots, near, *near.own()

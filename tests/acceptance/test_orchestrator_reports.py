@@ -145,7 +145,6 @@ def test_a_killed_embedding_worker_and_its_return_are_reported(tmp_path: Path, b
         os.kill(worker, signal.SIGKILL)
         (lost,) = bus.wait("embedding_worker_down", 45.0)
         assert lost["severity"] == "error"
-        bus.wait_for_heartbeat(45.0, component="orchestrator", state="degraded")
         (back,) = bus.wait("embedding_worker_ready", 60.0)
         assert back["severity"] == "info"
         assert back["timestamp"] > lost["timestamp"]

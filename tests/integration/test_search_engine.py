@@ -82,6 +82,13 @@ def test_hybrid_finds_by_word_and_by_meaning(store: SearchStore, start: Start) -
     assert set(by_id[word].parts or {}) == {"dense", "keyword", "bm25", "parent", "date", "turn"}
 
 
+@pytest.mark.parametrize("mode", ["hybrid", "dense", "keyword"])
+def test_a_store_without_a_memory_is_searched(store: SearchStore, start: Start, mode: str) -> None:
+    _, engine = start()
+    outcome = engine.search(query("where is the heron", VECTORS[1], mode=mode))
+    assert (outcome.hits, outcome.pending) == ([], 0)
+
+
 def test_keyword_share_is_of_the_query_idf(store: SearchStore, start: Start) -> None:
     for n in range(20):
         store.add(f"common thing {n}", VECTORS[n])
