@@ -72,8 +72,10 @@ import-sessions: $(SERVICE) ## Put conversations into the session memory (FROM=J
 demo: $(SERVICE) ## Store a long conversation and ask about it (DATA=file)
 	@MEMORY_KEY_FILE="$${MEMORY_KEY_FILE:-$(wildcard data/keys/operator.key)}" $(PY) examples/demo.py $(if $(DATA),"$(DATA)")
 
-test: lint type ## Lint, types and all tests
-	@$(PY) -m pytest -n 4 --dist loadfile --no-loadscope-reorder
+test: lint type ## Lint, types and all tests; a few that fail beside others run once more alone
+	@$(PY) -m pytest -n 4 --dist loadfile --no-loadscope-reorder || { test $$? -eq 1 && \
+		echo "these once more, with nothing beside them:" && \
+		$(PY) -m pytest --last-failed --last-failed-no-failures none; }
 
 lint: $(DEVELOPMENT) ## Check style, format, and that what is installed is what is pinned
 	@$(PY) -m ruff check .

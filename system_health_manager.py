@@ -271,6 +271,7 @@ class HealthManager:
             "version": __version__,
             "boot_id": self.boot_id,
             "ingest": self.ingest.figures(),
+            "refused_heartbeats": self.watch.refused_heartbeats,
             **self.bus.figures(),
         }
 

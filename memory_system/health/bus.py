@@ -143,6 +143,7 @@ class Bus:
             "history": self.history.figures(),
             "broadcast": self.broadcaster.figures(),
             "last_error_seq": self.broadcaster.last_error_seq,
+            "lost_reports": self.lost_reports,
         }
 
     def _submit(self, event: Event) -> None:

@@ -173,10 +173,6 @@ class History:
         """Keep a value for the next start. Raises HistoryFailed."""
         await self._ask(lambda store: self._put(store, key, value))
 
-    async def get_meta(self, key: str) -> str | None:
-        """What `set_meta` kept last. Raises HistoryFailed."""
-        return (await self._ask(lambda store: store.meta())).get(key)
-
     async def close(self) -> None:
         """Commit what waits, note that the end was clean, and close the file. May be called at any time."""
         if not self._closed:

@@ -289,7 +289,9 @@ def test_fuzz_of_a_publisher_and_a_reporter(tmp_path: Path) -> None:
         bus.wait(ERROR_TOPIC, 60.0, error_type="fuzz_end")
 
         def counted() -> Row:
-            figures: Row = mesh.succeed("health_manager", "health_check")["ingest"]
+            health = mesh.succeed("health_manager", "health_check")
+            assert (health["lost_reports"], health["refused_heartbeats"]) == (0, 0)
+            figures: Row = health["ingest"]
             return figures
 
         wait_until(lambda: counted()["received"] + counted()["malformed"] > 1.8 * MESSAGES, "all are read", 60.0)

@@ -139,12 +139,13 @@ def test_what_stands_in_the_way_of_a_start_is_reported(tmp_path: Path, bus: Fake
 def test_a_killed_embedding_worker_and_its_return_are_reported(tmp_path: Path, bus: FakeBus) -> None:
     settings = reporting_to(bus, embedding__provider="sentence-transformers", embedding__threads=1)
     with running_orchestrator(tmp_path, **settings) as orchestrator:
-        wait_until(lambda: readiness(orchestrator)["embedding"] == "ready", "the model", 60.0)
+        wait_until(lambda: orchestrator.ask("health_check")["state"] == "healthy", "the model and the index", 60.0)
         assert bus.events() == []  # the first start is no recovery
         (worker,) = children(orchestrator.pid)
         os.kill(worker, signal.SIGKILL)
         (lost,) = bus.wait("embedding_worker_down", 45.0)
         assert lost["severity"] == "error"
+        bus.wait_for_heartbeat(45.0, component="orchestrator", state="degraded")
         (back,) = bus.wait("embedding_worker_ready", 60.0)
         assert back["severity"] == "info"
         assert back["timestamp"] > lost["timestamp"]
