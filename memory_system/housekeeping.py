@@ -15,13 +15,15 @@ from memory_system.settings import StorageSettings
 from memory_system.storage import accesses, idempotency, vectors
 from memory_system.storage.context import Reply, WriteContext
 from memory_system.storage.jobs import WriteJob
+from memory_system.storage.rows import AT_ONCE
 from memory_system.storage.writer import Writer
 
 log = get_logger("housekeeping")
 
 _PRUNE_S: Final = 60.0
 _LOG_KEPT: Final = 1_000
-_ACCESS_ROWS: Final = 2_000
+# So that an add beside it waits for a few milliseconds at most.
+_ACCESS_ROWS: Final = 2 * AT_ONCE
 _PRUNE_ROWS: Final = 1_000
 
 

@@ -10,7 +10,7 @@ from memory_system.config_loader import key
 @dataclass(frozen=True, slots=True)
 class MaintenanceSettings:
     slice_rows: int = key(
-        25, "Memories that one write of a maintenance run looks at.", unit="memories", span=(1, 10_000)
+        16, "Memories that one write of a maintenance run looks at.", unit="memories", span=(1, 10_000)
     )
     share: float = key(0.5, "Largest part of the time that a run works; the rest belongs to requests.", span=(0.01, 1))
     runs_kept_days: float = key(

@@ -23,10 +23,11 @@ def reinforce(context: WriteContext, memory_id: str, factor: float | None) -> Re
     importance = min(1.0, context.view.importance(old, context.now_s) * factor)
     if old.state == "archived":
         old = ageing.restored(context.lifecycle, old, importance, context.now_s)
-        ageing.write_clocks(context, old)
+        ageing.write_clocks(context, [old])
         context.log_change(old.row_id, "put")
         importance = old.importance
     memory = touched(context, old, importance, 1, context.now_s, reinforced=True)
+    _TOUCH.write(context.db, [memory])
     context.changes.written.append(memory)
     return {"memory_id": memory_id, "new_importance": importance}
 
@@ -40,7 +41,7 @@ def touched(
     *,
     reinforced: bool = False,
 ) -> Memory:
-    """Write a new importance as of now, together with the accesses that led to it, and what they earned."""
+    """The memory with a new importance as of now, the accesses that led to it, and what they earned."""
     memory = msgspec.structs.replace(
         old,
         importance=importance,
@@ -51,9 +52,7 @@ def touched(
     )
     if old.promote_at is None and _is_promoted(context, old, memory, reinforced):
         memory = msgspec.structs.replace(memory, promote_at=context.now_s)
-    memory = msgspec.structs.replace(memory, due_at=lifecycle.due_at(context.lifecycle, memory))
-    context.db.execute(_TOUCH, [*(getattr(memory, name) for name in _TOUCHED), memory.row_id])
-    return memory
+    return msgspec.structs.replace(memory, due_at=lifecycle.due_at(context.lifecycle, memory))
 
 
 def _is_promoted(context: WriteContext, old: Memory, memory: Memory, reinforced: bool) -> bool:
@@ -64,10 +63,9 @@ def _is_promoted(context: WriteContext, old: Memory, memory: Memory, reinforced:
     return lifecycle.earns_promotion(context.lifecycle, memory, reinforced=reinforced)
 
 
-_TOUCHED: Final = (
-    *("importance", "importance_at", "access_count", "last_accessed_at", "tier_accesses", "promote_at", "due_at"),
+_TOUCH: Final = rows.RowUpdate(
+    *("importance", "importance_at", "access_count", "last_accessed_at", "tier_accesses", "promote_at", "due_at")
 )
-_TOUCH: Final = f"UPDATE memories SET {', '.join(f'{name} = ?' for name in _TOUCHED)} WHERE row_id = ?"
 
 
 def flush(context: WriteContext, accesses: dict[int, tuple[int, float, float]]) -> Reply:
@@ -75,8 +73,11 @@ def flush(context: WriteContext, accesses: dict[int, tuple[int, float, float]]) 
 
     importance := min(1, importance now + weight).
     """
+    memories = []
     for old in rows.fetch_rows(context.db, accesses):
         count, weight, last_s = accesses[old.row_id]
         importance = min(1.0, context.view.importance(old, context.now_s) + weight)
-        context.changes.written.append(touched(context, old, importance, count, last_s))
-    return {"flushed": len(context.changes.written)}
+        memories.append(touched(context, old, importance, count, last_s))
+    _TOUCH.write(context.db, memories)
+    context.changes.written += memories
+    return {"flushed": len(memories)}

@@ -117,37 +117,32 @@ def apply(
     What leaves a memory as it is moves its `due_at` forward; `consolidate` and `expire` among `kinds` do no more
     than that either. Returns what was changed.
     """
-    changes = []
+    changes, aged = [], []
     for old in rows.fetch_rows(context.db, row_ids):
         if old.namespace != context.namespace or old.due_at is None or old.due_at > as_of_s:
             continue
         decision = lifecycle.decide(context.lifecycle, old, as_of_s)
         if decision.kind in kinds:
-            _write(context, old, decision, as_of_s)
+            aged.append(msgspec.structs.replace(old, **lifecycle.changed_fields(old, decision, as_of_s)))
+            if (aged[-1].memory_tier, aged[-1].state) != (old.memory_tier, old.state):
+                context.log_change(old.row_id, "put")
             change = change_of(old, decision)
             if change is not None:
                 changes.append(change)
+    write_clocks(context, aged)
+    context.changes.written += aged
     return changes
 
 
-_FIELDS: Final = (
+_CLOCKS: Final = rows.RowUpdate(
     *("memory_tier", "importance", "importance_at", "tier_since", "tier_accesses", "promote_at"),
     *("state", "archived_at", "due_at"),
 )
-_UPDATE: Final = f"UPDATE memories SET {', '.join(f'{name} = ?' for name in _FIELDS)} WHERE row_id = ?"
 
 
-def _write(context: WriteContext, old: Memory, decision: Decision, as_of_s: float) -> None:
-    memory = msgspec.structs.replace(old, **lifecycle.changed_fields(old, decision, as_of_s))
-    write_clocks(context, memory)
-    if (memory.memory_tier, memory.state) != (old.memory_tier, old.state):
-        context.log_change(memory.row_id, "put")
-    context.changes.written.append(memory)
-
-
-def write_clocks(context: WriteContext, memory: Memory) -> None:
-    """Write the fields of a memory that ageing changes: tier, state, importance and their clocks, `due_at`."""
-    context.db.execute(_UPDATE, [*(getattr(memory, name) for name in _FIELDS), memory.row_id])
+def write_clocks(context: WriteContext, memories: Sequence[Memory]) -> None:
+    """Write the fields of memories that ageing changes: tier, state, importance and their clocks, `due_at`."""
+    _CLOCKS.write(context.db, memories)
 
 
 def archived(settings: LifecycleSettings, memory: Memory, now_s: float) -> Memory:

@@ -169,7 +169,7 @@ def _join_groups(context: WriteContext, row_id: int, originals: Sequence[int]) -
 
 
 def _put(context: WriteContext, memory: Memory) -> None:
-    ageing.write_clocks(context, memory)
+    ageing.write_clocks(context, [memory])
     context.log_change(memory.row_id, "put")
     context.changes.written.append(memory)
 
