@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict, deque
+from collections.abc import Iterable
 from contextvars import ContextVar
 from typing import Final, Generic, Protocol, TypeVar
 
@@ -35,6 +36,7 @@ class Lanes(Generic[T]):
     def __init__(self) -> None:
         self._fresh: OrderedDict[bytes, deque[T]] = OrderedDict()
         self._lanes: OrderedDict[bytes, deque[T]] = OrderedDict()
+        self._returned: deque[T] = deque()
         self._count = 0
         self._turns = 0
         self._last_turns: OrderedDict[bytes, deque[int]] = OrderedDict()
@@ -54,10 +56,15 @@ class Lanes(Generic[T]):
 
     def first(self) -> T:
         """The one whose turn it is; raises StopIteration when there is none."""
+        if self._returned:
+            return self._returned[0]
         return next(iter(self._next().values()))[0]
 
     def pop(self) -> T:
         """Take that one; its client goes to the end of the row."""
+        if self._returned:
+            self._count -= 1
+            return self._returned.popleft()
         lanes = self._next()
         client, lane = next(iter(lanes.items()))
         item = lane.popleft()
@@ -67,6 +74,12 @@ class Lanes(Generic[T]):
         if lane:
             self._lanes[client] = lane
         return item
+
+    def put_back(self, items: Iterable[T]) -> None:
+        """Give back what was taken last: it is still its turn, and in this order."""
+        returned = list(items)
+        self._returned.extendleft(reversed(returned))
+        self._count += len(returned)
 
     def take_all(self) -> list[T]:
         return [self.pop() for _ in range(self._count)]

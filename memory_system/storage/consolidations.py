@@ -135,11 +135,9 @@ def _insert(context: WriteContext, plan: Plan, fields: rules.Merged) -> Memory:
         state="active",
         **msgspec.structs.asdict(fields),
     )
-    memory = msgspec.structs.replace(memory, due_at=lifecycle.due_at(context.lifecycle, memory))
-    row_id = rows.insert(context.db, memory)
-    memory = msgspec.structs.replace(memory, row_id=row_id)
-    context.log_change(row_id, "put")
-    context.changes.new_texts[row_id] = memory.content_digest
+    memory = context.insert(msgspec.structs.replace(memory, due_at=lifecycle.due_at(context.lifecycle, memory)))
+    context.log_change(memory.row_id, "put")
+    context.changes.new_texts[memory.row_id] = memory.content_digest
     context.changes.written.append(memory)
     return memory
 

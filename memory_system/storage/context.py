@@ -6,8 +6,12 @@ import sqlite3
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import msgspec
+
 from memory_system.lifecycle_settings import LifecycleSettings
 from memory_system.models import Memory
+from memory_system.storage import rows
+from memory_system.storage.new_rows import NewRows
 from memory_system.storage.rows import RecordView
 from memory_system.storage.usage import Quota
 
@@ -37,9 +41,10 @@ class Changes:
 
 @dataclass(slots=True)
 class WriteContext:
-    """What an operation has inside its savepoint. `owner`: whose new memories are, "" for nobody's."""
+    """What an operation has inside its transaction. `owner`: whose new memories are, "" for nobody's. `new_rows`: those
+    of the whole group; None: the operation stands alone, and each is inserted at once."""
 
-    db: sqlite3.Connection
+    connection: sqlite3.Connection
     now_s: float
     namespace: str
     lifecycle: LifecycleSettings
@@ -48,6 +53,25 @@ class WriteContext:
     log: list[tuple[int, str]] = field(default_factory=list)
     owner: str = ""
     quota: Quota | None = None
+    new_rows: NewRows | None = None
+
+    @property
+    def db(self) -> sqlite3.Connection:
+        """The connection, where everything that was added before can be seen."""
+        if self.new_rows is not None:
+            self.new_rows.write()
+        return self.connection
+
+    def db_with(self, memory_id: str) -> sqlite3.Connection:
+        """The connection, where a memory of this id can be seen; what else was added may still be missing."""
+        is_waiting = self.new_rows is not None and self.new_rows.has(self.namespace, memory_id)
+        return self.db if is_waiting else self.connection
+
+    def insert(self, memory: Memory) -> Memory:
+        """Insert a new memory; it is returned with its row_id."""
+        if self.new_rows is not None:
+            return self.new_rows.add(memory)
+        return msgspec.structs.replace(memory, row_id=rows.insert(self.connection, memory))
 
     def log_change(self, row_id: int, op: str) -> None:
         """Note for index_log; the writer appends it in the same transaction."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sqlite3
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
@@ -23,7 +24,8 @@ from memory_system.settings import StorageSettings
 from memory_system.storage import idempotency
 from memory_system.storage.context import Reply, WriteContext
 from memory_system.storage.jobs import WriteJob
-from memory_system.storage.rows import RecordView, to_json
+from memory_system.storage.new_rows import NewRows
+from memory_system.storage.rows import AT_ONCE, RecordView, to_json
 from memory_system.storage.usage import Quota
 from memory_system.turns import Lanes
 
@@ -86,6 +88,8 @@ class GroupRunner:
         self._view = RecordView(lifecycle)
         self._clock = clock
         self._quota = quota
+        self._keys = idempotency.Keys(db)
+        self._new_rows = NewRows(db)
         self._sequences: dict[str, int] = dict(db.execute("SELECT namespace, commit_seq FROM namespaces").fetchall())
         # The log's own count goes on from here: AUTOINCREMENT gives out no number twice, and a rollback returns them.
         found = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'index_log'").fetchone()
@@ -104,8 +108,8 @@ class GroupRunner:
         """
         group = Group()
         try:
-            self._db.execute("BEGIN IMMEDIATE")
-            if not self._run_jobs(group, waiting):
+            self._begin(waits=True)
+            if not (self._run_jobs(group, waiting) and self._insert_rest()):
                 self._run_again(group)
             logged = self._finish(group)
             if not self._db.in_transaction:
@@ -118,25 +122,61 @@ class GroupRunner:
             self._fail(group, waiting, error)
         return group
 
+    def _begin(self, *, waits: bool) -> None:
+        self._keys.begin()
+        self._new_rows.begin(waits=waits)
+        self._db.execute("BEGIN IMMEDIATE")
+
     def _run_jobs(self, group: Group, waiting: Lanes[WriteJob]) -> bool:
         """Run waiting jobs until the group is full in jobs, rows or time; what is left forms the next group.
 
         Without savepoints, which cost time for each request, and hardly any needs one. Returns False when a job failed
         after it had written, so that its part has to be taken back.
         """
-        began = time.monotonic()
+        ends_s = time.monotonic() + self._settings.group_ms / 1000.0
         rows = 0
         while waiting and len(group.outcomes) < self._settings.group_jobs:
-            full = rows + waiting.first().rows > self._settings.group_rows
-            if group.outcomes and (full or (time.monotonic() - began) * 1000.0 > self._settings.group_ms):
+            full = rows + waiting.first().rows > self._settings.group_rows or time.monotonic() > ends_s
+            if group.outcomes and full:
                 break
-            outcome = Outcome(waiting.pop())
-            group.outcomes.append(outcome)
-            before = self._db.total_changes
-            self._run_job(outcome, group)
-            if outcome.error is not None and self._db.total_changes != before:
-                return False
-            rows += outcome.job.rows
+            room = min(self._settings.group_jobs - len(group.outcomes), self._settings.group_rows - rows)
+            jobs = self._take(room, waiting)
+            try:
+                self._keys.look_up([job.identity for job in jobs if job.identity is not None])
+                while jobs and (not group.outcomes or time.monotonic() <= ends_s):
+                    rows += jobs[0].rows
+                    if not self._run_alone(jobs.popleft(), group):
+                        return False
+            finally:
+                waiting.put_back(jobs)
+        return True
+
+    def _take(self, most: int, waiting: Lanes[WriteJob]) -> deque[WriteJob]:
+        """The next job, with those after it when all are small: what is known of them is asked for together."""
+        jobs = deque([waiting.pop()])
+        while waiting and len(jobs) < min(most, AT_ONCE) and jobs[0].rows == waiting.first().rows == 1:
+            jobs.append(waiting.pop())
+        return jobs
+
+    def _run_alone(self, job: WriteJob, group: Group) -> bool:
+        """Run one job without a savepoint; False when it failed after it had written."""
+        group.outcomes.append(outcome := Outcome(job))
+        before = self._written()
+        self._run_job(outcome, group)
+        return not self._new_rows.failed and (outcome.error is None or self._written() == before)
+
+    def _written(self) -> tuple[int, int]:
+        """What changes when a job writes, whoever's new rows are inserted meanwhile."""
+        return self._db.total_changes - self._new_rows.changes, self._new_rows.given
+
+    def _insert_rest(self) -> bool:
+        """Insert the new rows that wait. Returns False when one was refused: run again it is told whose it is."""
+        try:
+            self._new_rows.write()
+        except Exception as error:  # whatever it is, the group is run again, or fails
+            if isinstance(error, sqlite3.Error) and (not self._db.in_transaction or _is_storage_failure(error)):
+                raise
+            return False
         return True
 
     def _run_again(self, group: Group) -> None:
@@ -144,13 +184,14 @@ class GroupRunner:
         self._db.execute("ROLLBACK")
         self._set_back(group.sequences_before)
         group.sequences_before.clear()
-        self._db.execute("BEGIN IMMEDIATE")
+        self._begin(waits=False)
         for outcome in group.outcomes:
             outcome.reply, outcome.error, outcome.context = None, None, None
             self._db.execute("SAVEPOINT request")
             self._run_job(outcome, group)
             if outcome.error is not None:
                 self._db.execute("ROLLBACK TO request")
+                self._new_rows.begin(waits=False)
             self._db.execute("RELEASE request")
 
     def _finish(self, group: Group) -> int:
@@ -160,6 +201,7 @@ class GroupRunner:
         """
         done = [outcome.context for outcome in group.outcomes if outcome.context is not None]
         entries = [entry for context in done for entry in context.log]
+        self._keys.write()
         # One statement for all, in their order: each step of a statement lets go of the interpreter and waits for it.
         self._db.execute(_LOG, (to_json(entries),))
         group.sequences = {name: self._sequences[name] for name in group.sequences_before}
@@ -200,10 +242,10 @@ class GroupRunner:
 
     def _apply(self, job: WriteJob) -> tuple[Reply, WriteContext]:
         context = WriteContext(self._db, self._clock(), job.namespace, self._lifecycle, self._view)
-        context.owner, context.quota = job.owner, self._quota
+        context.owner, context.quota, context.new_rows = job.owner, self._quota, self._new_rows
         context.changes.caller = (job.namespace, job.caller)
         if job.key is not None:
-            stored = idempotency.replay(context, job.key)
+            stored = self._keys.replay(job.namespace, job.key)
             if stored is not None:
                 return stored, context
         now_s = time.monotonic()
@@ -216,7 +258,7 @@ class GroupRunner:
             self._sequences[job.namespace] = self._sequences.get(job.namespace, 0) + 1
             reply["commit_seq"] = self._sequences[job.namespace]
         if job.key is not None:
-            idempotency.store(context, job.key, reply)
+            self._keys.keep(job.namespace, job.key, reply, context.now_s)
         return reply, context
 
     def _fail(self, group: Group, waiting: Lanes[WriteJob], error: sqlite3.Error) -> None:

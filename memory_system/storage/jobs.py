@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 from memory_system.storage import idempotency
 from memory_system.storage.context import Reply, WriteContext
-
-Identity = tuple[str, str, str]  # namespace, caller, request_id
+from memory_system.storage.idempotency import Identity
 
 
 @dataclass(slots=True)

@@ -53,8 +53,8 @@ def _insert(loading: Loading, item: MemoryItem) -> None:
         memory = msgspec.structs.replace(memory, parent_id=None)
     if loading.order.dry_run:
         return
-    memory = msgspec.structs.replace(memory, due_at=memories.due_at(context, memory))
-    row_id = rows.insert(loading.db, memory)
+    memory = context.insert(msgspec.structs.replace(memory, due_at=memories.due_at(context, memory)))
+    row_id = memory.row_id
     if item.session is not None:
         loading.db.execute(
             f"INSERT INTO sessions ({', '.join(sessions.STORED)}, row_id) VALUES (?, ?, ?, ?, ?, ?)",
@@ -62,7 +62,7 @@ def _insert(loading: Loading, item: MemoryItem) -> None:
         )
     else:
         context.log_change(row_id, "put")
-    context.changes.written.append(msgspec.structs.replace(memory, row_id=row_id))
+    context.changes.written.append(memory)
     if item.undone_at is not None:
         _mark_undone(loading, row_id, item)
     if item.vector is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -57,24 +58,35 @@ class Loading:
 
     def __init__(self, context: WriteContext, order: Order) -> None:
         self.context = context
-        self.db = context.db
         self.order = order
         self.index = 0  # of the line
         self.tally = Tally()
 
+    @property
+    def db(self) -> sqlite3.Connection:
+        return self.context.db
+
     def stored(self, memory_id: str) -> Memory | None:
         """The memory of this id, expired or not."""
-        row = self.db.execute(
-            f"SELECT {rows.COLUMNS} FROM memories WHERE namespace = ? AND memory_id = ?",
-            (self.context.namespace, memory_id),
-        ).fetchone()
+        row = (
+            self.context.db_with(memory_id)
+            .execute(
+                f"SELECT {rows.COLUMNS} FROM memories WHERE namespace = ? AND memory_id = ?",
+                (self.context.namespace, memory_id),
+            )
+            .fetchone()
+        )
         return None if row is None else rows.memory_from_row(row)
 
     def row_id(self, memory_id: str, name: str) -> int | None:
         """Raises InvalidField naming the field for a memory that is not there; None in a dry run."""
-        row = self.db.execute(
-            "SELECT row_id FROM memories WHERE namespace = ? AND memory_id = ?", (self.context.namespace, memory_id)
-        ).fetchone()
+        row = (
+            self.context.db_with(memory_id)
+            .execute(
+                "SELECT row_id FROM memories WHERE namespace = ? AND memory_id = ?", (self.context.namespace, memory_id)
+            )
+            .fetchone()
+        )
         if row is None and not self.order.dry_run:
             raise InvalidField(name, f"{name}: no memory {memory_id} in this namespace, nor above in the import")
         return None if row is None else int(row[0])

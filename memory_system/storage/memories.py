@@ -101,12 +101,10 @@ def insert(context: WriteContext, new: NewMemory, memory_id: str | None = None) 
         size = usage.size_of(new.content, new.metadata, new.tags)
         usage.check(context.db, context.quota, context.owner, memories=1, size=size)
     memory = _fresh(context, new, memory_id or new_memory_id())
-    memory = msgspec.structs.replace(memory, due_at=due_at(context, memory))
-    row_id = rows.insert(context.db, memory)
-    memory = msgspec.structs.replace(memory, row_id=row_id)
+    memory = context.insert(msgspec.structs.replace(memory, due_at=due_at(context, memory)))
     if memory.memory_type != SESSION_TYPE:
-        context.log_change(row_id, "put")
-        context.changes.new_texts[row_id] = memory.content_digest
+        context.log_change(memory.row_id, "put")
+        context.changes.new_texts[memory.row_id] = memory.content_digest
     context.changes.written.append(memory)
     return memory
 
@@ -161,11 +159,15 @@ def _place(context: WriteContext, new: NewMemory) -> tuple[str | None, str | Non
 
 
 def _session_user(context: WriteContext, session_id: str) -> str | None:
-    row = context.db.execute(
-        f"SELECT user_id FROM memories WHERE namespace = ? AND memory_id = ? AND memory_type = '{SESSION_TYPE}' "
-        f"AND {rows.ALIVE}",
-        (context.namespace, session_id, context.now_s),
-    ).fetchone()
+    row = (
+        context.db_with(session_id)
+        .execute(
+            f"SELECT user_id FROM memories WHERE namespace = ? AND memory_id = ? AND memory_type = '{SESSION_TYPE}' "
+            f"AND {rows.ALIVE}",
+            (context.namespace, session_id, context.now_s),
+        )
+        .fetchone()
+    )
     if row is None:
         raise SessionNotFound(f"no session {session_id} in this namespace", session_id=session_id)
     user_id: str | None = row[0]
@@ -174,7 +176,7 @@ def _session_user(context: WriteContext, session_id: str) -> str | None:
 
 def _parent(context: WriteContext, parent_id: str) -> Memory:
     try:
-        return rows.fetch(context.db, context.namespace, parent_id, context.now_s)
+        return rows.fetch(context.db_with(parent_id), context.namespace, parent_id, context.now_s)
     except MemoryNotFound:
         raise MemoryNotFound(
             f"the parent {parent_id} is not in this namespace", memory_id=parent_id, field="parent_id"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -35,10 +36,21 @@ def columns(alias: str) -> str:
 # Each step of a statement lets go of the interpreter and waits until it is given back, which beside busy readers costs
 # many times what SQLite does in the step: so many rows are read, or written, in one.
 AT_ONCE: Final = 16
-_ALIASES: Final = [f"m{number}" for number in range(AT_ONCE)]
-_FETCH: Final = f"SELECT {', '.join(columns(alias) for alias in _ALIASES)} FROM (SELECT 1) " + " ".join(
-    f"LEFT JOIN memories AS {alias} ON {alias}.row_id = ?" for alias in _ALIASES
-)
+
+
+def parts(items: Sequence[T]) -> Iterator[Sequence[T]]:
+    """Parts of AT_ONCE items, then of powers of two: so few lengths that a statement for each stays prepared."""
+    start, length = 0, AT_ONCE
+    while start < len(items):
+        while length > len(items) - start:
+            length //= 2
+        yield items[start : start + length]
+        start += length
+
+
+def values(count: int, width: int) -> str:
+    """The SQL of `count` rows of `width` parameters each."""
+    return ", ".join([f"({', '.join('?' * width)})"] * count)
 
 
 def memory_from_row(row: Sequence[Any]) -> Memory:
@@ -64,6 +76,17 @@ def insert(db: sqlite3.Connection, memory: Memory) -> int:
     return row_id
 
 
+def insert_all(db: sqlite3.Connection, memories: Sequence[Memory]) -> None:
+    """Insert memories that have their row_ids, which have to be new ones."""
+    for part in parts(memories):
+        db.execute(_insert_some(len(part)), [v for memory in part for v in (memory.row_id, *row_from_memory(memory))])
+
+
+@cache
+def _insert_some(count: int) -> str:
+    return f"INSERT INTO memories ({COLUMNS}) VALUES {values(count, len(FIELDS))}"
+
+
 def to_json(value: Any) -> str:
     return _encode_json(value).decode()
 
@@ -85,43 +108,37 @@ def fetch(db: sqlite3.Connection, namespace: str, memory_id: str, now_s: float) 
 
 def fetch_rows(db: sqlite3.Connection, row_ids: Iterable[int]) -> list[Memory]:
     """The memories of these row_ids, in their order, expired ones too; those that are not there are left out."""
-    found = []
-    for part in _parts(list(dict.fromkeys(row_ids))):
-        values = db.execute(_FETCH, part + [None] * (AT_ONCE - len(part))).fetchone()
-        each = [values[at : at + len(FIELDS)] for at in range(0, len(part) * len(FIELDS), len(FIELDS))]
-        found += [memory_from_row(row) for row in each if row[0] is not None]
+    found, width = [], len(FIELDS)
+    for part in parts(list(dict.fromkeys(row_ids))):
+        row = db.execute(_fetch_some(len(part)), part).fetchone()
+        each = [row[at : at + width] for at in range(0, len(row), width)]
+        found += [memory_from_row(fields) for fields in each if fields[0] is not None]
     return found
+
+
+@cache
+def _fetch_some(count: int) -> str:
+    aliases = [f"m{number}" for number in range(count)]
+    joined = " ".join(f"LEFT JOIN memories AS {alias} ON {alias}.row_id = ?" for alias in aliases)
+    return f"SELECT {', '.join(columns(alias) for alias in aliases)} FROM (SELECT 1) {joined}"
 
 
 class RowUpdate:
     """Writes some fields of memories."""
 
     def __init__(self, *fields: str) -> None:
-        self.fields = fields
-        names = ("row_id", *fields)
-        rows = ", ".join([f"({', '.join('?' * len(names))})"] * AT_ONCE)
-        self._none = [None] * len(names)
-        self._one = f"UPDATE memories SET {', '.join(f'{name} = ?' for name in fields)} WHERE row_id = ?"
-        self._some = (
-            f"WITH new ({', '.join(names)}) AS (VALUES {rows}) UPDATE memories "
-            f"SET {', '.join(f'{name} = new.{name}' for name in fields)} FROM new WHERE memories.row_id = new.row_id"
-        )
+        self._fields = ("row_id", *fields)
+        changes = ", ".join(f"{name} = new.{name}" for name in fields)
+        self._statements = {
+            count: f"WITH new ({', '.join(self._fields)}) AS (VALUES {values(count, len(self._fields))}) "
+            f"UPDATE memories SET {changes} FROM new WHERE memories.row_id = new.row_id"
+            for count in (1, 2, 4, 8, AT_ONCE)
+        }
 
     def write(self, db: sqlite3.Connection, memories: Sequence[Memory]) -> None:
-        for part in _parts(memories):
-            if len(part) == 1:
-                db.execute(self._one, [*self._values(part[0]), part[0].row_id])
-                continue
-            given = [value for memory in part for value in (memory.row_id, *self._values(memory))]
-            db.execute(self._some, given + self._none * (AT_ONCE - len(part)))
-
-    def _values(self, memory: Memory) -> list[Any]:
-        return [getattr(memory, name) for name in self.fields]
-
-
-def _parts(items: Sequence[T]) -> Iterator[list[T]]:
-    for start in range(0, len(items), AT_ONCE):
-        yield list(items[start : start + AT_ONCE])
+        for part in parts(memories):
+            given = [getattr(memory, name) for memory in part for name in self._fields]
+            db.execute(self._statements[len(part)], given)
 
 
 def not_found(memory_id: str) -> MemoryNotFound:

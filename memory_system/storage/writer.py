@@ -24,7 +24,8 @@ from memory_system.settings import StorageSettings
 from memory_system.storage.context import Changes, Reply, WriteContext
 from memory_system.storage.database import BUSY_TIMEOUT_MS
 from memory_system.storage.group import SYNC_ERRORS, Group, GroupRunner, Outcome, error_name, restarting
-from memory_system.storage.jobs import Identity, WriteJob
+from memory_system.storage.idempotency import Identity
+from memory_system.storage.jobs import WriteJob
 from memory_system.storage.mark import Unmarked
 from memory_system.storage.usage import Quota
 from memory_system.turns import Lanes

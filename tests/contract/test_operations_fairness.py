@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 
 import pytest
 
+from memory_system.storage.context import WriteContext
 from memory_system.storage.jobs import WriteJob
 from tests.support.service import Service, eventually, service_test
 from tests.support.wire import encode, envelope
@@ -14,8 +16,14 @@ from tests.support.wire import encode, envelope
 @service_test()
 async def test_one_clients_crowd_does_not_hold_up_another(service: Service) -> None:
     replies: list[bytes] = []
-    release = threading.Event()
-    held = service.runtime._writer.submit(WriteJob(lambda _: {"ok": release.wait(20)}, "default", counted=False))
+    entered, release = threading.Event(), threading.Event()
+
+    def hold(_: WriteContext) -> dict[str, bool]:
+        entered.set()
+        return {"ok": release.wait(20)}
+
+    held = service.runtime._writer.submit(WriteJob(hold, "default", counted=False))
+    assert await asyncio.to_thread(entered.wait, 20)  # alone: what is there before it begins is taken with it
     for number, peer in enumerate([b"a"] * 20 + [b"b"]):
         body = encode(envelope("add_memory", {"content": f"{number}"}), service.encoding)
         service.runtime.dispatcher.handle(body, replies.append, peer)

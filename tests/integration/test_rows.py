@@ -63,20 +63,43 @@ def test_fields_are_written_to_the_bit_and_nothing_else_is(path: Path, count: in
         assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
 
-@pytest.mark.parametrize("count", [1, rows.AT_ONCE, 100])
-def test_so_many_rows_are_one_step(path: Path, count: int) -> None:
+@pytest.mark.parametrize(("count", "steps"), [(1, 1), (rows.AT_ONCE, 1), (100, 7), (31, 5)])
+def test_so_many_rows_are_few_steps(path: Path, count: int, steps: int) -> None:
     with opened(path) as db:
         memories = rows.fetch_rows(db, some(db, count))
         statements = list[str]()
         db.set_trace_callback(statements.append)
         rows.fetch_rows(db, [memory.row_id for memory in memories])
         CLOCKS.write(db, memories)
-        assert len([each for each in statements if "memories" in each]) == 2 * -(-count // rows.AT_ONCE)
+        assert len([each for each in statements if "memories" in each]) == 2 * steps
+
+
+def test_parts_are_of_few_lengths_and_miss_nothing() -> None:
+    for count in range(100):
+        found = [list(part) for part in rows.parts(range(count))]
+        assert [item for part in found for item in part] == list(range(count))
+        assert {len(part) for part in found} <= {1, 2, 4, 8, 16}
+        assert len(found) <= count // rows.AT_ONCE + 4
+
+
+@pytest.mark.parametrize("count", NUMBERS)
+def test_inserted_rows_are_as_they_were_given(path: Path, count: int) -> None:
+    with opened(path) as db:
+        last = max(one_by_one(db))
+        given = [
+            msgspec.structs.replace(
+                memory, row_id=last + number + 1, memory_id=f"mem-new-{number}", metadata={"a": [1]}
+            )
+            for number, memory in enumerate(rows.fetch_rows(db, some(db, count)))
+        ]
+        rows.insert_all(db, given)
+        assert rows.fetch_rows(db, [memory.row_id for memory in given]) == given
+        assert rows.insert(db, msgspec.structs.replace(given[0], memory_id="mem-next")) == last + count + 1
 
 
 def test_rows_are_found_by_their_key(path: Path) -> None:
     with opened(path) as db:
-        row_ids, statements = some(db, 5), list[str]()
+        row_ids, statements = some(db, rows.AT_ONCE), list[str]()
         db.set_trace_callback(statements.append)
         CLOCKS.write(db, rows.fetch_rows(db, row_ids))
         db.set_trace_callback(None)

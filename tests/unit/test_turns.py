@@ -102,3 +102,19 @@ def test_those_who_always_have_more_are_not_forgotten_over_newcomers() -> None:
         lanes.add(Item(chr(2000 + number)))
         taken.append(lanes.pop().name)
     assert taken.count("a") == 10
+
+
+def test_what_was_put_back_comes_first_and_in_its_order() -> None:
+    lanes: Lanes[Item] = Lanes()
+    for name in ("a0", "b0", "a1", "c0"):
+        lanes.add(Item(name))
+    taken = [lanes.pop(), lanes.pop(), lanes.pop()]
+    lanes.put_back(taken[1:])
+    assert len(lanes) == 3
+    assert lanes.first() is taken[1]
+    lanes.put_back([taken[0]])
+    assert [lanes.pop() for _ in range(3)] == taken
+    assert len(lanes) == 1
+    lanes.put_back([])
+    assert len(lanes.take_all()) == 1
+    assert not lanes
