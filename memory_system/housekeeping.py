@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Final
 
-from memory_system.access import AccessBuffer, Accesses
+from memory_system.access import AccessBuffer
 from memory_system.errors import MemorySystemError
 from memory_system.log import get_logger
 from memory_system.settings import StorageSettings
@@ -22,8 +22,8 @@ log = get_logger("housekeeping")
 
 _PRUNE_S: Final = 60.0
 _LOG_KEPT: Final = 1_000
-# So that an add beside it waits for a few milliseconds at most.
 _ACCESS_ROWS: Final = 2 * AT_ONCE
+_ACCESS_WRITES: Final = 64
 _PRUNE_ROWS: Final = 1_000
 
 
@@ -65,15 +65,19 @@ class Housekeeping:
 
     async def flush_accesses(self) -> None:
         """Write what was counted since the last flush, in slices."""
-        taken = self._accesses.take()
+        waiting = list(self._accesses.take().items())
+        # Few together, so that an add beside them waits for milliseconds; many have to be written in time, too.
+        length = max(_ACCESS_ROWS, len(waiting) // _ACCESS_WRITES)
         try:
-            for part in _slices(taken):
-                await self._run(partial(accesses.flush, accesses=part), rows=len(part))
-                for row_id in part:
-                    del taken[row_id]
-        except MemorySystemError:
-            self._accesses.put_back(taken)
-            raise
+            while waiting:
+                part, waiting = dict(waiting[:length]), waiting[length:]
+                try:
+                    await self._run(partial(accesses.flush, accesses=part), rows=len(part))
+                except MemorySystemError:
+                    self._accesses.put_back(part)
+                    raise
+        finally:  # also of a flush that is cancelled: the part that is under way is written, the others are not
+            self._accesses.put_back(dict(waiting))
 
     async def prune(self) -> None:
         """Drop idempotency keys past their time and log entries that are applied."""
@@ -107,9 +111,3 @@ async def _every(interval_s: float, work: Callable[[], Awaitable[None]]) -> None
 
 def _name(work: Callable[[], Awaitable[None]]) -> str:
     return getattr(work, "__name__", "?")
-
-
-def _slices(accesses: Accesses) -> Iterator[Accesses]:
-    items = list(accesses.items())
-    for start in range(0, len(items), _ACCESS_ROWS):
-        yield dict(items[start : start + _ACCESS_ROWS])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict, deque
-from collections.abc import Iterable
 from contextvars import ContextVar
+from itertools import chain, islice
 from typing import Final, Generic, Protocol, TypeVar
 
 # The connection whose request is being worked on; empty for the program's own work.
@@ -36,7 +36,6 @@ class Lanes(Generic[T]):
     def __init__(self) -> None:
         self._fresh: OrderedDict[bytes, deque[T]] = OrderedDict()
         self._lanes: OrderedDict[bytes, deque[T]] = OrderedDict()
-        self._returned: deque[T] = deque()
         self._count = 0
         self._turns = 0
         self._last_turns: OrderedDict[bytes, deque[int]] = OrderedDict()
@@ -56,15 +55,10 @@ class Lanes(Generic[T]):
 
     def first(self) -> T:
         """The one whose turn it is; raises StopIteration when there is none."""
-        if self._returned:
-            return self._returned[0]
         return next(iter(self._next().values()))[0]
 
     def pop(self) -> T:
         """Take that one; its client goes to the end of the row."""
-        if self._returned:
-            self._count -= 1
-            return self._returned.popleft()
         lanes = self._next()
         client, lane = next(iter(lanes.items()))
         item = lane.popleft()
@@ -75,11 +69,15 @@ class Lanes(Generic[T]):
             self._lanes[client] = lane
         return item
 
-    def put_back(self, items: Iterable[T]) -> None:
-        """Give back what was taken last: it is still its turn, and in this order."""
-        returned = list(items)
-        self._returned.extendleft(reversed(returned))
-        self._count += len(returned)
+    def soon(self, most: int) -> list[T]:
+        """The one whose turn it is, and others whose turn comes soon, about in that order; none of them is taken."""
+        rows = (self._lanes, self._fresh) if self._next() is self._lanes else (self._fresh, self._lanes)
+        lanes = list(islice(chain.from_iterable(row.values() for row in rows), most))
+        found, depth = [lane[0] for lane in lanes], 1
+        while len(found) < min(most, self._count) and (deep := [lane for lane in lanes if len(lane) > depth]):
+            found += [lane[depth] for lane in deep]
+            depth += 1
+        return found[:most]
 
     def take_all(self) -> list[T]:
         return [self.pop() for _ in range(self._count)]

@@ -13,7 +13,7 @@ from memory_system.lifecycle import Decision
 from memory_system.service import Reply
 from memory_system.service.run import Run
 from memory_system.settings import Settings
-from memory_system.storage import ageing, cleaning
+from memory_system.storage import ageing, cleaning, idempotency
 from memory_system.storage import runs as stored_runs
 from memory_system.storage.ageing import DueRow
 from memory_system.storage.context import WriteContext
@@ -92,12 +92,13 @@ class Sweeps:
         return removed
 
     async def _remove_keys(self, run: Run) -> None:
-        below, count = await cleaning.old_keys(self._readers, run.as_of_s - self._keys_s)
+        before_s = run.as_of_s - self._keys_s
+        count = await cleaning.count_old_keys(self._readers, before_s)
         run.counts["idempotency_keys"] = count
         if run.dry_run:
             return
         run.counts["idempotency_keys"] = 0
-        while pruned := (await run.write(partial(cleaning.remove_keys, below=below), rows=200))["pruned"]:
+        while pruned := (await run.write(partial(idempotency.prune, before_s=before_s, limit=200), rows=200))["pruned"]:
             run.counts["idempotency_keys"] += pruned
             run.progress("idempotency_keys", run.counts["idempotency_keys"], count)
 

@@ -123,23 +123,14 @@ class HandingOver:
         return moved
 
 
-def remove_keys(context: WriteContext, below: int, limit: int = 200) -> Reply:
-    """Drop at most `limit` of the idempotency keys below entry `below`."""
-    cursor = context.db.execute(
-        "DELETE FROM idempotency WHERE entry IN (SELECT entry FROM idempotency WHERE entry < ? ORDER BY entry LIMIT ?)",
-        (below, limit),
-    )
-    return {"pruned": cursor.rowcount}
-
-
-async def old_keys(readers: Readers, before_s: float) -> tuple[int, int]:
-    """Up to which entry idempotency keys are from before `before_s`, and how many those are."""
+async def count_old_keys(readers: Readers, before_s: float) -> int:
+    """How many idempotency keys `idempotency.prune` would drop."""
     found = await readers.fetch(
-        "SELECT entry FROM idempotency WHERE created_at >= ? ORDER BY entry LIMIT 1", (before_s,)
+        "SELECT count(*) FROM idempotency WHERE entry < "
+        "coalesce((SELECT min(entry) FROM idempotency WHERE created_at >= ?), 9223372036854775807)",
+        (before_s,),
     )
-    below = found[0][0] if found else 2**62
-    counted = await readers.fetch("SELECT count(*) FROM idempotency WHERE entry < ?", (below,))
-    return below, int(counted[0][0])
+    return int(found[0][0])
 
 
 async def originals_among(readers: Readers, row_ids: Collection[int]) -> set[int]:

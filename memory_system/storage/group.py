@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import sqlite3
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
@@ -109,7 +108,7 @@ class GroupRunner:
         group = Group()
         try:
             self._begin(waits=True)
-            if not (self._run_jobs(group, waiting) and self._insert_rest()):
+            if not (self._run_jobs(group, waiting) and self._write_rest()):
                 self._run_again(group)
             logged = self._finish(group)
             if not self._db.in_transaction:
@@ -133,51 +132,52 @@ class GroupRunner:
         Without savepoints, which cost time for each request, and hardly any needs one. Returns False when a job failed
         after it had written, so that its part has to be taken back.
         """
-        ends_s = time.monotonic() + self._settings.group_ms / 1000.0
+        began = time.monotonic()
         rows = 0
         while waiting and len(group.outcomes) < self._settings.group_jobs:
-            full = rows + waiting.first().rows > self._settings.group_rows or time.monotonic() > ends_s
-            if group.outcomes and full:
+            full = rows + waiting.first().rows > self._settings.group_rows
+            if group.outcomes and (full or (time.monotonic() - began) * 1000.0 > self._settings.group_ms):
                 break
-            room = min(self._settings.group_jobs - len(group.outcomes), self._settings.group_rows - rows)
-            jobs = self._take(room, waiting)
-            try:
-                self._keys.look_up([job.identity for job in jobs if job.identity is not None])
-                while jobs and (not group.outcomes or time.monotonic() <= ends_s):
-                    rows += jobs[0].rows
-                    if not self._run_alone(jobs.popleft(), group):
-                        return False
-            finally:
-                waiting.put_back(jobs)
+            self._look_up(waiting)
+            outcome = Outcome(waiting.pop())
+            group.outcomes.append(outcome)
+            before = self._written()
+            self._run_job(outcome, group)
+            if self._new_rows.failed or (outcome.error is not None and self._written() != before):
+                return False
+            rows += outcome.job.rows
         return True
 
-    def _take(self, most: int, waiting: Lanes[WriteJob]) -> deque[WriteJob]:
-        """The next job, with those after it when all are small: what is known of them is asked for together."""
-        jobs = deque([waiting.pop()])
-        while waiting and len(jobs) < min(most, AT_ONCE) and jobs[0].rows == waiting.first().rows == 1:
-            jobs.append(waiting.pop())
-        return jobs
-
-    def _run_alone(self, job: WriteJob, group: Group) -> bool:
-        """Run one job without a savepoint; False when it failed after it had written."""
-        group.outcomes.append(outcome := Outcome(job))
-        before = self._written()
-        self._run_job(outcome, group)
-        return not self._new_rows.failed and (outcome.error is None or self._written() == before)
+    def _look_up(self, waiting: Lanes[WriteJob]) -> None:
+        """Look up the key of the next job, if that was not done, together with those that are likely to follow."""
+        identity = waiting.first().identity
+        if identity is None or self._keys.knows(identity):
+            return
+        identities = dict.fromkeys(job.identity for job in waiting.soon(AT_ONCE) if job.identity is not None)
+        try:
+            self._keys.look_up([each for each in identities if not self._keys.knows(each)])
+        except Exception as error:  # noqa: BLE001  each job asks for its own then, and has the error that its key causes
+            self._raise_failure(error)
 
     def _written(self) -> tuple[int, int]:
         """What changes when a job writes, whoever's new rows are inserted meanwhile."""
         return self._db.total_changes - self._new_rows.changes, self._new_rows.given
 
-    def _insert_rest(self) -> bool:
-        """Insert the new rows that wait. Returns False when one was refused: run again it is told whose it is."""
+    def _write_rest(self) -> bool:
+        """Write what waits: new rows and keys. Returns False when something was refused: run again it is told whose
+        it is."""
         try:
             self._new_rows.write()
-        except Exception as error:  # whatever it is, the group is run again, or fails
-            if isinstance(error, sqlite3.Error) and (not self._db.in_transaction or _is_storage_failure(error)):
-                raise
+            self._keys.write()
+        except Exception as error:  # noqa: BLE001  whatever it is, the group is run again, or fails
+            self._raise_failure(error)
             return False
         return True
+
+    def _raise_failure(self, error: Exception) -> None:
+        """Raise what ends the transaction for everybody in it."""
+        if isinstance(error, sqlite3.Error) and (not self._db.in_transaction or _is_storage_failure(error)):
+            raise error
 
     def _run_again(self, group: Group) -> None:
         """Begin the group anew, each job in a savepoint of its own."""
@@ -191,6 +191,7 @@ class GroupRunner:
             self._run_job(outcome, group)
             if outcome.error is not None:
                 self._db.execute("ROLLBACK TO request")
+                self._keys.begin()
                 self._new_rows.begin(waits=False)
             self._db.execute("RELEASE request")
 
@@ -201,7 +202,6 @@ class GroupRunner:
         """
         done = [outcome.context for outcome in group.outcomes if outcome.context is not None]
         entries = [entry for context in done for entry in context.log]
-        self._keys.write()
         # One statement for all, in their order: each step of a statement lets go of the interpreter and waits for it.
         self._db.execute(_LOG, (to_json(entries),))
         group.sequences = {name: self._sequences[name] for name in group.sequences_before}
@@ -224,13 +224,18 @@ class GroupRunner:
         except sqlite3.Error as error:
             if not self._db.in_transaction or _is_storage_failure(error):
                 raise
-            log.error("storage_error", error=error_name(error), request_id=job.request_id, exc_info=error)
+            self._log("storage_error", job, error)
             outcome.error = StorageFailed(f"the database refused the write: {error}")
-        except Exception as error:  # a defect in one operation must not take the group, or the service
-            log.error("internal_error", error=error_name(error), request_id=job.request_id, exc_info=error)
+        except Exception as error:  # noqa: BLE001  a defect in one operation must not take the group, or the service
+            self._log("internal_error", job, error)
             outcome.error = InternalError("the service failed at this request; its log has the details")
         if outcome.error is not None:
             self._set_back({job.namespace: before})
+
+    def _log(self, event: str, job: WriteJob, error: Exception) -> None:
+        if self._new_rows.failed and self._new_rows.waits:
+            return  # it need not be of this job; when the group is run again it is known whose it is
+        log.error(event, error=error_name(error), request_id=job.request_id, exc_info=error)
 
     def _set_back(self, before: dict[str, int]) -> None:
         """Of a namespace without a commit nothing is kept: anybody may name any in a write that fails."""
@@ -259,6 +264,8 @@ class GroupRunner:
             reply["commit_seq"] = self._sequences[job.namespace]
         if job.key is not None:
             self._keys.keep(job.namespace, job.key, reply, context.now_s)
+            if not self._new_rows.waits:
+                self._keys.write()
         return reply, context
 
     def _fail(self, group: Group, waiting: Lanes[WriteJob], error: sqlite3.Error) -> None:

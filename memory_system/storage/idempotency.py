@@ -48,12 +48,16 @@ class Keys:
     def __init__(self, db: sqlite3.Connection) -> None:
         self._db = db
         self._found: dict[Identity, _Stored | None] = {}
-        self._new: dict[Identity, tuple[_Stored, float]] = {}
+        self._unwritten: dict[Identity, tuple[_Stored, float]] = {}
 
     def begin(self) -> None:
         """Forget everything: a transaction begins."""
         self._found.clear()
-        self._new.clear()
+        self._unwritten.clear()
+
+    def knows(self, identity: Identity) -> bool:
+        """Whether it was looked up, or kept, in this transaction."""
+        return identity in self._found
 
     def look_up(self, identities: Sequence[Identity]) -> None:
         """Find out what is stored under these."""
@@ -66,9 +70,9 @@ class Keys:
     def replay(self, namespace: str, key: Key) -> Reply | None:
         """The stored reply of this key, None when it is new. Raises IdempotencyMismatch for another payload."""
         identity = (namespace, key.caller, key.request_id)
-        if identity not in self._new and identity not in self._found:
+        if identity not in self._found:
             self.look_up([identity])
-        stored = self._new[identity][0] if identity in self._new else self._found[identity]
+        stored = self._found[identity]
         if stored is None:
             return None
         if stored[0] != key.fingerprint:
@@ -82,11 +86,14 @@ class Keys:
     def keep(self, namespace: str, key: Key, reply: Reply, now_s: float) -> None:
         """Keep the reply of a request that was done; it is stored by `write`."""
         kept = {name: value for name, value in reply.items() if name not in _CONTENT_FIELDS}
-        self._new[namespace, key.caller, key.request_id] = ((key.fingerprint, rows.to_json(kept)), now_s)
+        identity, stored = (namespace, key.caller, key.request_id), (key.fingerprint, rows.to_json(kept))
+        self._found[identity] = stored
+        self._unwritten[identity] = stored, now_s
 
     def write(self) -> None:
         """Store what was kept."""
-        for part in rows.parts(list(self._new.items())):
+        unwritten, self._unwritten = list(self._unwritten.items()), {}
+        for part in rows.parts(unwritten):
             self._db.execute(
                 _store_some(len(part)), [v for identity, (stored, now_s) in part for v in (*identity, *stored, now_s)]
             )

@@ -27,6 +27,8 @@ class NewRows:
 
     def add(self, memory: Memory) -> Memory:
         """The memory with its row_id. Raises sqlite3.Error when others that waited cannot be inserted."""
+        if (memory.namespace, memory.memory_id) in self._waiting:
+            self.write()  # so that the table refuses the second
         if self._next_row_id is None:
             self._next_row_id = self._after_last()
         memory = msgspec.structs.replace(memory, row_id=self._next_row_id)
@@ -61,6 +63,9 @@ class NewRows:
         self.waits, self.failed = waits, False
 
     def _after_last(self) -> int:
-        # AUTOINCREMENT gives out no number twice; it follows numbers that are given, and a rollback takes them back.
-        found = self._db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'memories'").fetchone()
-        return 1 if found is None else found[0] + 1
+        # As AUTOINCREMENT has it: no number twice, also after a rollback, and beyond all that are there.
+        last: int | None = self._db.execute(
+            "SELECT max(seq) FROM (SELECT seq FROM sqlite_sequence WHERE name = 'memories' "
+            "UNION ALL SELECT max(row_id) FROM memories)"
+        ).fetchone()[0]
+        return 1 if last is None else last + 1

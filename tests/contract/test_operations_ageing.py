@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from typing import Any
 
@@ -285,3 +286,19 @@ async def test_search_hits_count_when_they_have_a_weight(service: Service) -> No
     record = await service.record(memory_id)
     assert record["access_count"] == 1
     assert record["importance"] == pytest.approx(0.6, rel=1e-4)
+
+
+@service_test(storage__access_flush_s=3600.0)
+async def test_a_flush_that_is_broken_off_loses_no_access_and_counts_none_twice(service: Service) -> None:
+    reply = await service.ok("batch_add_memories", memories=[{"content": f"memory {number}"} for number in range(200)])
+    for memory_id in reply["memory_ids"]:
+        await service.ok("get_memory", memory_id=memory_id)
+    housekeeping = service.runtime._housekeeping
+    flush = asyncio.create_task(housekeeping.flush_accesses())
+    await asyncio.sleep(0)  # the first part is under way
+    flush.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await flush
+    assert 0 < len(housekeeping._accesses) < 200
+    await housekeeping.flush_accesses()
+    assert service.rows("SELECT access_count, count(*) FROM memories GROUP BY access_count") == [(1, 200)]

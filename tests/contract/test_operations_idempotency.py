@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from memory_system.protocol import WRITE_ACTIONS
+from memory_system.storage import cleaning
 from tests.support.service import Service, service_test
 from tests.support.wire import encode, envelope, request_id
 
@@ -191,3 +192,22 @@ async def test_old_keys_are_pruned(service: Service) -> None:
     assert service.count("idempotency") == 1
     await service.runtime._housekeeping.prune()
     assert (service.count("idempotency"), service.count("memories")) == (0, 1)
+
+
+@service_test()
+async def test_a_cleanup_of_old_keys_leaves_those_that_come_meanwhile(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No key was fresh when it began; one that comes before its first write is kept, and the retry is one memory."""
+    key, counted = request_id(), cleaning.count_old_keys
+
+    async def slow(*arguments: Any) -> int:
+        count = await counted(*arguments)
+        await service.ok("add_memory", {"request_id": key}, content="once")
+        return count
+
+    monkeypatch.setattr(cleaning, "count_old_keys", slow)
+    assert (await service.ok("run_cleanup"))["counts"]["idempotency_keys"] == 0
+    again = await service.ok("add_memory", {"request_id": key}, content="once")
+    assert again["replayed"] is True
+    assert service.count("memories") == 1

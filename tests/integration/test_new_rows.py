@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import sqlite3
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from memory_system.digest import content_digest
 from memory_system.errors import IdempotencyMismatch, InternalError, MemoryNotFound, StorageFailed
 from memory_system.storage import memories, rows
 from memory_system.storage.context import Reply, WriteContext
+from memory_system.storage.idempotency import Key
 from memory_system.storage.jobs import WriteJob
 from memory_system.storage.memories import NewMemory
 from tests.integration.test_writer import Bench, Reader, key, run, running
@@ -55,7 +58,7 @@ def counted(bench: Bench, start: str) -> int:
 
 def test_adds_that_wait_together_are_few_statements(tmp_path: Path) -> None:
     async def scenario() -> None:
-        async with running(tmp_path) as bench:
+        async with running(tmp_path, group_ms=10_000.0) as bench:
             await bench.group([adding(f"m{number}") for number in range(40)])
             # 16, 16 and 8 of each kind
             assert counted(bench, "INSERT INTO memories") == counted(bench, "INSERT INTO idempotency") == 3
@@ -123,6 +126,90 @@ def test_a_row_that_is_refused_fails_its_own_request_alone(
 
 def _row_ids(db: sqlite3.Connection) -> list[tuple[int]]:
     return db.execute("SELECT row_id FROM memories ORDER BY row_id").fetchall()
+
+
+@pytest.mark.parametrize("bad_key", [Key("agent", "\ud800", b"-" * 16), Key(None, "no caller", b"-" * 16)])  # type: ignore[arg-type]
+def test_a_key_that_is_refused_fails_its_own_request_alone(tmp_path: Path, bad_key: Key) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path) as bench:
+            bad = adding("bad")
+            bad.key = bad_key
+            first, refused, second = await bench.group([adding("1"), bad, adding("2")])
+            assert isinstance(refused, InternalError | StorageFailed)
+            assert isinstance(first, dict) and isinstance(second, dict)
+            assert list(stored(bench.path)) == ["1", "2"]
+            assert bench.fatal == []
+            assert isinstance(await bench.writer.submit(adding("3")), dict)
+
+    run(scenario)
+
+
+def test_the_log_blames_nobody_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def look(context: WriteContext) -> Reply:
+        return {"count": context.db.execute("SELECT count(*) FROM memories").fetchone()[0]}
+
+    async def scenario() -> None:
+        async with running(tmp_path) as bench:
+            bad = WriteJob(
+                lambda context: memories.add(context, new("bad", importance=2.0)), "default", key=key("guilty")
+            )
+            refused, counted_ = await bench.group([bad, WriteJob(look, "default", key=key("innocent"))])
+            assert isinstance(refused, StorageFailed)
+            assert counted_ == {"count": 0, "commit_seq": 1}
+
+    run(scenario)
+    assert "guilty" in caplog.text
+    assert "innocent" not in caplog.text
+
+
+def test_one_id_twice_is_refused_by_the_table(tmp_path: Path) -> None:
+    def same(context: WriteContext) -> Reply:
+        return {"row_id": memories.insert(context, new("same"), "mem-same").row_id}
+
+    async def scenario() -> None:
+        async with running(tmp_path) as bench:
+            first, second = await bench.group([WriteJob(same, "default"), WriteJob(same, "default")])
+            assert first == {"row_id": 1, "commit_seq": 1}
+            assert isinstance(second, StorageFailed)
+            with Reader(bench.path) as db:
+                assert db.execute("SELECT row_id FROM index_log").fetchall() == _row_ids(db) == [(1,)]
+
+    run(scenario)
+
+
+def test_a_count_that_lags_behind_the_table_gives_no_number_that_is_there(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with running(tmp_path) as bench:
+            await bench.group([adding("1"), adding("2")])
+            for damage in ("DELETE FROM sqlite_sequence WHERE name = 'memories'", "UPDATE sqlite_sequence SET seq = 1"):
+                bench.spy.db.execute(damage)
+                assert isinstance(await bench.writer.submit(adding(damage)), dict)
+            assert list(stored(bench.path).values()) == [1, 2, 3, 4]
+
+    run(scenario)
+
+
+def test_a_newcomer_waits_for_a_turn_and_not_for_sixteen(tmp_path: Path) -> None:
+    done = list[str]()
+
+    def work(name: str) -> WriteJob:
+        def slow(_: WriteContext) -> Reply:
+            done.append(name)
+            time.sleep(0.01)
+            return {}
+
+        return WriteJob(slow, "default", key=key(f"{name}-{random.random()}"), client=name.encode())
+
+    async def scenario() -> None:
+        async with running(tmp_path, group_ms=5.0) as bench:
+            release, held = await bench.hold()
+            busy = [bench.writer.submit(work("a")) for _ in range(40)]
+            newcomer = bench.writer.submit(work("b"))
+            release.set()
+            await asyncio.gather(held, newcomer, *busy)
+            assert done.index("b") <= 2
+
+    run(scenario)
 
 
 def test_a_request_that_fails_without_writing_costs_the_others_nothing(tmp_path: Path) -> None:

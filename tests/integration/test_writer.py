@@ -218,7 +218,7 @@ def test_a_namespace_that_only_failing_writes_name_is_not_kept(tmp_path: Path) -
 
 def test_what_waits_together_is_one_transaction(tmp_path: Path) -> None:
     async def scenario() -> None:
-        async with running(tmp_path) as bench:
+        async with running(tmp_path, group_ms=10_000.0) as bench:
             bench.spy.db.set_trace_callback(traced.append)
             replies = await bench.group([note(f"{number:02}") for number in range(40)])
             bench.spy.db.set_trace_callback(None)

@@ -104,17 +104,12 @@ def test_those_who_always_have_more_are_not_forgotten_over_newcomers() -> None:
     assert taken.count("a") == 10
 
 
-def test_what_was_put_back_comes_first_and_in_its_order() -> None:
+def test_what_comes_soon_is_told_and_not_taken() -> None:
     lanes: Lanes[Item] = Lanes()
-    for name in ("a0", "b0", "a1", "c0"):
+    for name in "aaaabbc":
         lanes.add(Item(name))
-    taken = [lanes.pop(), lanes.pop(), lanes.pop()]
-    lanes.put_back(taken[1:])
-    assert len(lanes) == 3
-    assert lanes.first() is taken[1]
-    lanes.put_back([taken[0]])
-    assert [lanes.pop() for _ in range(3)] == taken
-    assert len(lanes) == 1
-    lanes.put_back([])
-    assert len(lanes.take_all()) == 1
-    assert not lanes
+    assert "".join(item.name for item in lanes.soon(5)) == "abcab"
+    assert lanes.soon(1) == [lanes.first()]
+    assert "".join(item.name for item in lanes.soon(100)) == "abcabaa"
+    assert order(lanes) == "abcabaa"
+    assert lanes.soon(3) == []
