@@ -34,7 +34,7 @@ status: ## Show every program and agent: address, state, pid, uptime, since when
 	@if [ -e $(SERVICE) ]; then $(PY) scripts/pc2.py status; else echo "not installed"; exit 3; fi
 
 logs: $(SERVICE) ## Follow the log files
-	@$(PY) scripts/pc2.py logs
+	@$(PY) scripts/pc2.py logs || test $$? -eq 141 # its reader has gone, as in make logs | head
 
 tail-errors: $(SERVICE) ## Follow the errors of all programs (ARGS="--severity error --since 2h")
 	@$(PY) scripts/tail_error_bus.py $(ARGS)

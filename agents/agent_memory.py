@@ -31,6 +31,7 @@ from memory_system.errors import (
     CircuitOpen,
     ClientClosed,
     DeadlineExceeded,
+    InvalidField,
     MemorySystemError,
     RequestTimeout,
     ShuttingDown,
@@ -320,6 +321,16 @@ def _is_own_key_refused(code: object, outcome: object) -> bool:
 def _no_connection(reply: Reply) -> bool:
     """Whether there was nobody to connect to, again and again: once may be this program's own slowness."""
     return bool(reply["error_code"] == Unreachable.code and reply["details"]["attempts"] > 1)
+
+
+def renamed(error: InvalidField, sent: str, own: str) -> InvalidField:
+    """The service's error about the field `sent`, or one inside of it, as one about the caller's field `own`; any other
+    as it is."""
+    inside = error.field.removeprefix(sent)
+    if not error.field.startswith(sent) or inside[:1] not in ("", ".", "["):
+        return error
+    rest = {name: value for name, value in error.details.items() if name != "field"}
+    return InvalidField(own + inside, error.message.replace(sent, own, 1), **rest)
 
 
 def passed_on(reply: Reply) -> Reply:

@@ -30,7 +30,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, ClassVar, Final, NoReturn, TypeVar
 
-from agents.agent_memory import NOBODY, AgentMemory, Caller, acting, caller, handling, passed_on
+from agents.agent_memory import NOBODY, AgentMemory, Caller, acting, caller, handling, passed_on, renamed
 from agents.locks import NamedLocks
 from memory_system import __version__, log
 from memory_system.actions import ActionServer, Request, Span
@@ -46,7 +46,7 @@ from memory_system.reporting import Reporting
 from memory_system.security import Gate
 from memory_system.settings import Settings
 
-__all__ = ["BaseAgent", "Caller", "Fields", "Request", "Span", "acting", "action", "caller", "passed_on"]
+__all__ = ["BaseAgent", "Caller", "Fields", "Request", "Span", "acting", "action", "caller", "passed_on", "renamed"]
 
 Fields = dict[str, Any]  # of a reply
 Handler = TypeVar("Handler", bound=Callable[..., Any])

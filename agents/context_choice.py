@@ -166,13 +166,15 @@ def choose(
     filling = _Filling(budget, max_items, repeats)
     for pin in pins:
         filling.offer(pin)
-    pool = _Pool(others[: _POOL * max_items], diversity, brevity, [each.item for each in filling.chosen])
-    while pool and filling.open:
-        best = pool.take()
-        if filling.offer(best):
-            filling.left_out["budget"] += pool.drop_above(budget.left)
-            pool.chosen(best.item)
-    filling.left_out["budget" if filling.open else "limit"] += len(pool) + len(others[_POOL * max_items :])
+    while filling.open and others:
+        # Of what may fit at all: the best may be too long, every one of them.
+        fitting = [each for each in others if each.item.tokens <= budget.left]
+        filling.left_out["budget"] += len(others) - len(fitting)
+        pool = _Pool(fitting[: _POOL * max_items], diversity, brevity, [each.item for each in filling.chosen])
+        filling.fill(pool)
+        filling.left_out["limit"] += len(pool)
+        others = fitting[_POOL * max_items :]
+    filling.left_out["limit"] += len(others)
     return Choice(tuple(filling.chosen), available - budget.left, +filling.left_out)
 
 
@@ -189,6 +191,14 @@ class _Filling:
     @property
     def open(self) -> bool:
         return len(self.chosen) < self._max_items
+
+    def fill(self, pool: _Pool) -> None:
+        """Take from the pool until it is empty, or there is no room."""
+        while pool and self.open:
+            best = pool.take()
+            if self.offer(best):
+                self.left_out["budget"] += pool.drop_above(self._budget.left)
+                pool.chosen(best.item)
 
     def offer(self, each: Scored) -> bool:
         """Take it, if there is room and it says something new."""

@@ -19,7 +19,7 @@ if not __package__:  # run as a file: what it imports lies one folder up
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from agents import token_counts, utterances
-from agents.base_agent import BaseAgent, Fields, Span, acting, action, caller, passed_on
+from agents.base_agent import BaseAgent, Fields, Span, acting, action, caller, passed_on, renamed
 from agents.context_built import Builder, Built
 from agents.context_cache import ContextCache
 from agents.context_items import Method, Question, Scope, Writer
@@ -32,7 +32,8 @@ from memory_system.protocol import MAX_CONTENT_BYTES, MAX_NAME_CHARS, MAX_QUERY_
 
 Id = Annotated[str, Span(1, MAX_NAME_CHARS)]
 Query = Annotated[str, Span(1, MAX_QUERY_CHARS)]
-Text = Annotated[str, Span(1, MAX_CONTENT_BYTES)]
+Text = Annotated[str, Span(1, MAX_CONTENT_BYTES, blank=False)]
+Speaker = Annotated[str, Span(1, MAX_NAME_CHARS, blank=False)]
 Tokens = Annotated[int, Span(1, 1_000_000)]
 Items = Annotated[int, Span(1, MAX_RESULTS)]
 Share = Annotated[float, Span(0, 1)]
@@ -63,7 +64,7 @@ class ContextManagerAgent(BaseAgent):
     async def add_to_context(
         self,
         text: Text,
-        speaker: Id | None = None,
+        speaker: Speaker | None = None,
         metadata: dict[str, Any] | None = None,
         user_id: Id | None = None,
         session_id: Id | None = None,
@@ -87,9 +88,7 @@ class ContextManagerAgent(BaseAgent):
                     request_id=self.key("add"),
                 )
             except InvalidField as error:
-                if error.details.get("field") == "content":  # the caller knows it by another name
-                    raise InvalidField("text", error.message.replace("content", "text")) from None
-                raise
+                raise renamed(error, "content", "text") from None
         told = {"importance": judged.importance if importance is None else importance}
         return {**passed_on(reply), **told, "reasons": list(judged.reasons) if importance is None else ["given"]}
 

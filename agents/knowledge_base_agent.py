@@ -27,8 +27,8 @@ from memory_system.errors import InvalidField, MemoryNotFound
 from memory_system.protocol import MAX_CONTENT_BYTES, MAX_ID_CHARS, MAX_QUERY_CHARS, MAX_TAG_CHARS, MAX_TAGS
 from memory_system.settings import Settings
 
-Topic = Annotated[str, Span(1, MAX_TOPIC_CHARS)]
-Content = Annotated[str, Span(1, MAX_CONTENT_BYTES)]
+Topic = Annotated[str, Span(1, MAX_TOPIC_CHARS, blank=False)]
+Content = Annotated[str, Span(1, MAX_CONTENT_BYTES, blank=False)]
 FactId = Annotated[str, Span(1, MAX_ID_CHARS)]
 Share = Annotated[float, Span(0, 1)]
 Similarity = Annotated[float, Span(-1, 1)]
@@ -64,9 +64,8 @@ class KnowledgeBaseAgent(BaseAgent):
         supersedes: FactId | Annotated[list[FactId], Span(0, 100)] | None = None,
     ) -> Fields:
         """Keep a fact. One that is there already is reinforced; one with an older value of the same is superseded."""
-        text = _content(content)
         async with self._topic_held(_topic(topic)) as name:
-            draft = Draft(name, text, confidence, source or None, tags or ())
+            draft = Draft(name, content.strip(), confidence, source or None, tags or ())
             if (earlier := await self.memory.done("add")) is not None:
                 return await self._added_before(earlier)
             if supersedes is None:
@@ -292,8 +291,6 @@ class KnowledgeBaseAgent(BaseAgent):
 
 
 def _topic(text: str) -> str:
-    if not text.strip():
-        raise InvalidField("topic", "topic: expected text that is not blank")
     return " ".join(text.split())
 
 
@@ -301,7 +298,7 @@ def _payload(content: str | None, confidence: float | None, source: str | None, 
     """What an update says to the memory service."""
     payload: Fields = {"metadata": {}}
     if content is not None:
-        payload["content"] = _content(content)
+        payload["content"] = content.strip()
     if confidence is not None:
         payload["metadata"]["confidence"] = confidence
     if source is not None:
@@ -314,12 +311,6 @@ def _payload(content: str | None, confidence: float | None, source: str | None, 
 def _reinforced(fact: Fact, similarity: float | None) -> Fields:
     told: Fields = {"superseded": [], "similarity": similarity, "fact": fact.told()}
     return {"fact_id": fact.fact_id, "added": False, "reinforced": True, **told}
-
-
-def _content(text: str) -> str:
-    if not text.strip():
-        raise InvalidField("content", "content: expected text that is not blank")
-    return text.strip()
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ if not __package__:  # run as a file: what it imports lies one folder up
 
 from agents import sessions_window as window
 from agents import token_counts, utterances
-from agents.base_agent import BaseAgent, Fields, Span, acting, action, passed_on
+from agents.base_agent import BaseAgent, Fields, Span, acting, action, passed_on, renamed
 from agents.sessions_import import Conversation
 from agents.sessions_migration import Migration
 from agents.turns import INTERACTION, Importance, Interaction, Role, Said, Turn
@@ -57,9 +57,12 @@ class SessionMemoryAgent(BaseAgent):
         """Open a session of a user."""
         idle_s = self.rules.idle_timeout_s if idle_timeout_s is None else idle_timeout_s
         with acting(session_id=None):
-            reply = await self.memory.create_session(
-                user_id, session_type, metadata, idle_timeout_s=idle_s or None, request_id=self.key("session")
-            )
+            try:
+                reply = await self.memory.create_session(
+                    user_id, session_type, metadata, idle_timeout_s=idle_s or None, request_id=self.key("session")
+                )
+            except InvalidField as error:
+                raise renamed(error, "session_metadata", "metadata") from None
         return passed_on(reply)
 
     @action

@@ -18,8 +18,8 @@ INTERACTION: Final = "interaction"
 # Roles that say what somebody is, not who: every other role is taken for the speaker's name.
 ROLES: Final = frozenset({"user", "assistant", "system", "developer", "tool", "function"})
 
-Role = Annotated[str, Span(1, MAX_NAME_CHARS)]
-Said = Annotated[str, Span(1, MAX_CONTENT_BYTES)]
+Role = Annotated[str, Span(1, MAX_NAME_CHARS, blank=False)]
+Said = Annotated[str, Span(1, MAX_CONTENT_BYTES, blank=False)]
 Importance = Annotated[float, Span(0, 1)]
 
 

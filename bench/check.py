@@ -9,7 +9,8 @@ reference, to the peers, each measured beside them in its own run. So another ma
 them far less than the figures themselves. Every ratio here is the better the larger it is. `--publish` makes the ratios
 of the run the published ones: those of its kind (service or peers) are replaced, the others stay.
 
-Exit status: 0 nothing fell, or published; 1 a ratio fell by more than `--fall`; 2 bad arguments, or nothing to compare.
+Exit status: 0 nothing fell, or published; 1 a ratio fell by more than `--fall`, or is not measured any more; 2 bad
+arguments, or nothing to compare.
 """
 
 from __future__ import annotations
@@ -86,10 +87,12 @@ def _of_service(rows: Sequence[dict[str, Any]]) -> Ratios:
 
 
 def _of_peers(run: dict[str, Any]) -> Ratios:
+    """A ratio of 0 that is the better the smaller has no inverse, and is left out."""
     return {
         f"{row}, over {peer}": 1.0 / value if row in _SMALLER_IS_BETTER else value
         for peer, rows in run["ratios"].items()
         for row, value in rows.items()
+        if value or row not in _SMALLER_IS_BETTER
     }
 
 
@@ -100,6 +103,11 @@ def compare(published: Ratios, now: Ratios) -> list[Compared]:
 
 def fallen(compared: Sequence[Compared], fall: float) -> list[Compared]:
     return [one for one in compared if one.change is not None and one.change < -fall]
+
+
+def missing(compared: Sequence[Compared]) -> list[Compared]:
+    """What was published and is not measured any more."""
+    return [one for one in compared if one.published is not None and one.now is None]
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -130,8 +138,8 @@ def show(console: Console, compared: Sequence[Compared], fall: float) -> None:
     for one in compared:
         fell = one.change is not None and one.change < -fall
         cells = ("-" if value is None else f"{value:.3g}" for value in (one.published, one.now))
-        change = "not compared" if one.change is None else f"{one.change:+.0%}"
-        table.add_row(one.name, *cells, change, style="red" if fell else None)
+        change = "not measured" if one.now is None else "not compared" if one.change is None else f"{one.change:+.0%}"
+        table.add_row(one.name, *cells, change, style="red" if fell or one.now is None else None)
     console.print(table)
 
 
@@ -149,11 +157,13 @@ def check(options: argparse.Namespace, console: Console) -> int:
     both = [one for one in compared if one.change is not None]
     if not both:
         raise BadRun(f"{options.published} has no ratio of these runs")
-    fell = fallen(compared, options.fall)
+    fell, gone = fallen(compared, options.fall), missing(compared)
     for one in fell:
         console.print(f"fell by {-one.change:.0%}: {one.name}" if one.change is not None else "", style="red")
+    for one in gone:
+        console.print(f"not measured: {one.name}", style="red")
     console.print(f"{len(both)} ratios compared, {len(fell)} fell by more than {options.fall:.0%}")
-    return 1 if fell else 0
+    return 1 if fell or gone else 0
 
 
 def main(given: Sequence[str] | None = None) -> int:

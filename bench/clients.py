@@ -68,7 +68,10 @@ class Load:
         for _ in range(processes):
             mine, theirs = context.Pipe()
             process = context.Process(target=work, args=(theirs,), daemon=True)
+            # From its first moment on: until `work` says so itself, an interrupt would be told by a traceback.
+            before = signal.signal(signal.SIGINT, signal.SIG_IGN)
             process.start()
+            signal.signal(signal.SIGINT, before)
             theirs.close()
             self._workers.append((process, mine))
 

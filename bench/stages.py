@@ -12,7 +12,7 @@ processor clocks of the service's threads say of the same requests: that is a me
 functions, the making of the requests, and the timing itself. The wire is the processor time of bench/echo.py for a
 request of as many clients, in processes of their own.
 
-Exit status: 0 measured, 2 bad arguments.
+Exit status: 0 measured, 1 a server failed, 2 bad arguments, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import signal
 import sys
 import threading
 import time
@@ -35,16 +36,18 @@ sys.path.insert(0, str(PROJECT))
 
 import msgpack  # noqa: E402
 import report  # noqa: E402
-from clients import Load, process_count  # noqa: E402
+from clients import Load, LoadFailure, process_count  # noqa: E402
 from rich import box  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
-from servers import data_folder, start_echo  # noqa: E402
+from run import INTERRUPTS, interrupt  # noqa: E402
+from servers import ServerFailure, data_folder, start_echo  # noqa: E402
 from workloads import BY_NAME, Job, Request  # noqa: E402
 
 from memory_system.cache.records import RecordCache  # noqa: E402
 from memory_system.decoding import Encoding  # noqa: E402
 from memory_system.dispatch import Dispatcher  # noqa: E402
+from memory_system.errors import MemorySystemError  # noqa: E402
 from memory_system.runtime import Runtime  # noqa: E402
 from memory_system.service.reading import ReadingService  # noqa: E402
 from memory_system.service.writing import WritingService  # noqa: E402
@@ -237,6 +240,22 @@ def main() -> int:
     if not 1 <= options.group <= options.requests:
         parser.error("--group is at least 1 and at most --requests")
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    for number in INTERRUPTS:
+        signal.signal(number, interrupt)
+    try:
+        return take_apart(options, console)
+    except (ServerFailure, LoadFailure) as error:
+        console.print(f"error: {error}", style="red", markup=False)
+        return 1
+    except MemorySystemError as error:
+        console.print(f"error: {error.message}", style="red", markup=False)
+        return 1
+    except KeyboardInterrupt:
+        console.print("interrupted")
+        return 130
+
+
+def take_apart(options: argparse.Namespace, console: Console) -> int:
     with data_folder() as folder:
         before = report.load_average()
         wire = wire_us(folder, options.group)

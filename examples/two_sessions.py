@@ -6,7 +6,7 @@
 The session memory keeps the turns, the context manager chooses what a prompt needs of them: what a program with a
 language model does, without the model. Everything is in the namespace `two_sessions`, and deleted at the end unless
 --keep is given. Needs nothing of this project but its running agents (make start-pc2), and, where these want keys, the
-file of one: MEMORY_KEY_FILE=data/keys/operator.key.
+file of one: that of MEMORY_KEY_FILE, else data/keys/operator.key where make keys made it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from typing import Any
 import zmq
 
 NAMESPACE = "two_sessions"
+# Of the host that this file is on, where `make keys` was run there.
+OPERATOR_KEY = Path(__file__).resolve().parent.parent / "data" / "keys" / "operator.key"
 TIMEOUT_MS = 15_000
 TOKENS = 50
 
@@ -59,9 +61,14 @@ class Agent:
         return dict(reply)
 
 
+def key_file(default: Path = OPERATOR_KEY) -> str:
+    """The file of the key to show; empty: none."""
+    return os.environ.get("MEMORY_KEY_FILE", str(default) if default.exists() else "")
+
+
 def show_key(socket: zmq.Socket[bytes]) -> None:
-    """Show the key of MEMORY_KEY_FILE, where there is one: four lines of `field: value`."""
-    path = os.environ.get("MEMORY_KEY_FILE")
+    """Show the key, where there is one: four lines of `field: value`."""
+    path = key_file()
     if path:
         lines = [line for line in Path(path).read_text().splitlines() if not line.startswith("#")]
         key = dict(line.split(": ", 1) for line in lines)

@@ -17,7 +17,7 @@ import math
 import types
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Final, Literal, Union
 
 from memory_system.envelope import noun, unknown_field
@@ -40,16 +40,22 @@ _NO_LIMIT: Final = 2**62
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Bounds, both included: of a number its value, of text its characters, of a list or map its items."""
+    """Bounds, both included: of a number its value, of text its characters, of a list or map its items. Text with
+    `blank=False` has to have a character that is seen."""
 
     low: float = -math.inf
     high: float = math.inf
+    blank: bool = True
 
     def admits(self, value: Any) -> bool:
+        if not self.blank and not value.strip():
+            return False
         return self.low <= (value if isinstance(value, int | float) else len(value)) <= self.high
 
     def words(self, kind: object) -> str:
         """` from 1 to 100`, with what is counted."""
+        if not self.blank:
+            return f"{replace(self, blank=True).words(kind)} that is not blank"
         counted = {str: " characters", list: " items", dict: " items"}.get(_base(kind), "")
         if self.high == math.inf:
             return f" of at least {self.low:.12g}{counted}"

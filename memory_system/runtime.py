@@ -14,7 +14,7 @@ from memory_system.access import AccessBuffer
 from memory_system.cache import make_caches
 from memory_system.dispatch import Dispatcher, handlers_of
 from memory_system.embedding import EmbedderState, EmbeddingQueue, Vectors, make_embedder
-from memory_system.errors import CannotStart, MemorySystemError, ShuttingDown, StorageFailed
+from memory_system.errors import MemorySystemError, ShuttingDown, StorageFailed
 from memory_system.housekeeping import Housekeeping
 from memory_system.log import get_logger
 from memory_system.metrics import Family, traffic_families
@@ -33,7 +33,7 @@ from memory_system.service.writing import WritingService
 from memory_system.settings import Settings
 from memory_system.storage import mark, rebase, usage, vectors
 from memory_system.storage.context import Changes
-from memory_system.storage.database import StoreLock, connect_reader, open_store, store_epoch
+from memory_system.storage.database import connect_reader, lock_store, open_store, store_epoch
 from memory_system.storage.jobs import WriteJob
 from memory_system.storage.queries import Queries
 from memory_system.storage.readers import Readers
@@ -51,16 +51,6 @@ _CACHED_AT_ONCE: Final = 64
 _QUICK_START_S: Final = 1.0
 
 _Opened = tuple[sqlite3.Connection, mark.Unmarked]
-
-
-def _locked(path: Path) -> StoreLock:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return StoreLock(path)
-    except OSError as error:
-        raise CannotStart(
-            f"the store {path} cannot be opened: {error.strerror}; set storage.path to a writable place"
-        ) from error
 
 
 def _brought_up(path: Path, settings: Settings, stopped: Callable[[], bool]) -> _Opened:
@@ -155,7 +145,7 @@ class Runtime:
         self._reporting.start(lambda: self._heartbeat())
 
     async def _open_store(self, stopped: Callable[[], bool]) -> None:
-        self._closers.append(_locked(self._path).release)
+        self._closers.append(lock_store(self._path).release)
         opening = asyncio.ensure_future(asyncio.to_thread(_brought_up, self._path, self._settings, stopped))
         if not (await asyncio.wait({opening}, timeout=_QUICK_START_S))[0]:
             self._begin_heartbeats()

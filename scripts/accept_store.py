@@ -17,6 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from output import put
+
 from memory_system.errors import ConfigError, MemorySystemError
 from memory_system.settings import load_settings
 from memory_system.storage.accept import Accepted, accept
@@ -32,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return fail(error.message, 2)
     store = Path(settings.storage.path)
     try:
-        print(told(accept(store), store))
+        put(told(accept(store), store))
     except MemorySystemError as error:
         return fail(error.message, 1)
     return 0

@@ -20,6 +20,7 @@ from typing import Any, Final
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from output import put
 from transfer import INTERRUPTED, add_service_options, answers, bar, endpoint_of, fail, make_client
 
 from memory_system.errors import ConfigError, MemorySystemError, StorageFailed
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return fail(PROGRAM, error.message, 1)
     except KeyboardInterrupt:
         return fail(PROGRAM, "interrupted; a running service completes the backup all the same", INTERRUPTED)
-    print(told(found, options.dry_run))
+    put(told(found, options.dry_run))
     return 0
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from boot_unit import MARK, UNIT, VARIABLES, Plan, environment_text, unit_text
+from output import put
 from supervision import PROJECT, Failure, ports, run_folder, socket_fits
 
 from memory_system.deployment import program_addresses
@@ -173,7 +174,7 @@ def install(folder: Path, *, system: bool, enable: bool) -> int:
     # The values may be secret, and what a unit says anybody may read.
     changed = write(folder / VARIABLES, environment_text(wanted), 0o600)
     changed = write(folder / UNIT, text, 0o644) or changed
-    print(f"{'wrote' if changed else 'unchanged:'} {folder / UNIT}")
+    put(f"{'wrote' if changed else 'unchanged:'} {folder / UNIT}")
     if enable:
         systemctl("daemon-reload", system=system)
         systemctl("enable", UNIT, system=system)
@@ -183,11 +184,11 @@ def install(folder: Path, *, system: bool, enable: bool) -> int:
 
 def tell_next(*, system: bool) -> None:
     control = "systemctl" if system else "systemctl --user"
-    print(f"starts at the next boot; to hand over now: make stop-pc2 && {control} restart {UNIT}")
+    put(f"starts at the next boot; to hand over now: make stop-pc2 && {control} restart {UNIT}")
     if not system:
         name = _account(os.getuid()).pw_name
         if not (LINGERING / name).exists():
-            print(f"it starts only when {name} logs in, unless: sudo loginctl enable-linger {name}")
+            put(f"it starts only when {name} logs in, unless: sudo loginctl enable-linger {name}")
 
 
 def uninstall(folder: Path, *, system: bool, enable: bool) -> int:
@@ -196,7 +197,7 @@ def uninstall(folder: Path, *, system: bool, enable: bool) -> int:
     for path in found:
         check_writable(path)
     if not found:
-        print(f"not installed in {folder}")
+        put(f"not installed in {folder}")
         return 0
     if enable and is_booted():
         systemctl("disable", UNIT, system=system)
@@ -204,7 +205,7 @@ def uninstall(folder: Path, *, system: bool, enable: bool) -> int:
         path.unlink()
     if enable and is_booted():
         systemctl("daemon-reload", system=system)
-    print(f"removed {folder / UNIT}; what runs goes on until 'make stop-pc2'")
+    put(f"removed {folder / UNIT}; what runs goes on until 'make stop-pc2'")
     return 0
 
 

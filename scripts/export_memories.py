@@ -21,6 +21,7 @@ from typing import Any, BinaryIO, Final
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import msgspec
+from output import put
 from transfer import INTERRUPTED, Advance, add_service_options, bar, endpoint_of, fail, reached
 
 from memory_client import MemoryClient
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return fail(PROGRAM, f"interrupted; {options.file} is as it was", INTERRUPTED)
     counts = ", ".join(f"{count} {kind}" for kind, count in written.items()) or "nothing"
-    print(f"{options.file}: {counts}")
+    put(f"{options.file}: {counts}")
     return 0
 
 

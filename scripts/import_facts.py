@@ -22,6 +22,7 @@ from typing import Any, Final
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from facts_file import FactsFile
+from output import put
 from transfer import INTERRUPTED, Advance, bar, fail, make_client
 
 from agents.facts import Draft
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if outcome.bad and not options.skip_bad:
             return fail(PROGRAM, f"nothing was written: {told_bad(outcome)}", 2)
         if options.dry_run:
-            print(f"{rows} rows would be imported")
+            put(f"{rows} rows would be imported")
             return BAD_ROWS if outcome.bad else 0
         with make_client(settings, endpoint, options.namespace, _CALL_MS) as client, bar("importing") as advance:
             send(client, drafts(file, columns, options, advance, Outcome()), outcome)
@@ -74,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return fail(PROGRAM, f"{error.filename or options.file}: {error.strerror}", 2)
     except KeyboardInterrupt:
         return fail(PROGRAM, f"interrupted; run it again to go on{told(outcome)}", INTERRUPTED)
-    print(f"{outcome.added} added, {outcome.unchanged} there already")
+    put(f"{outcome.added} added, {outcome.unchanged} there already")
     if outcome.bad:
         return fail(PROGRAM, told_bad(outcome), BAD_ROWS)
     return 0

@@ -22,6 +22,7 @@ from typing import Any, Final
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from export_file import Batch, ExportFile, Needed
+from output import put
 from transfer import INTERRUPTED, Advance, add_service_options, bar, endpoint_of, fail, reached
 
 from memory_client import MemoryClient
@@ -85,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return fail(PROGRAM, f"{error.filename or options.file}: {error.strerror}", 2)
     except KeyboardInterrupt:
         return fail(PROGRAM, f"interrupted; run it again to go on\n{told(outcome, options.dry_run)}", INTERRUPTED)
-    print(told(outcome, options.dry_run))
+    put(told(outcome, options.dry_run))
     return CONFLICTS if outcome.counts["conflicts"] else 0
 
 

@@ -21,6 +21,7 @@ from typing import Any, Final
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from output import put
 from transfer import INTERRUPTED, Advance, bar, fail, make_client
 
 from agents.sessions_dumps import BadDump, portions, read
@@ -98,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return fail(PROGRAM, f"{error.message}\n{outcome.told(options.dry_run)}", status)
     except KeyboardInterrupt:
         return fail(PROGRAM, f"interrupted; run it again to go on\n{outcome.told(options.dry_run)}", INTERRUPTED)
-    print(outcome.told(options.dry_run))
+    put(outcome.told(options.dry_run))
     return CONFLICTS if outcome.turns["conflicts"] else 0
 
 

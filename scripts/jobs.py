@@ -20,6 +20,7 @@ from typing import Any, Final
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from operator_key import operator_key_file
+from output import put
 from status_table import clock, columns, plain
 
 from memory_client import MemoryClient
@@ -104,11 +105,11 @@ def list_jobs(scheduler: MemoryClient, options: argparse.Namespace) -> int:
     if reply["status"] != "success":
         return refused(reply, scheduler)
     if options.json:
-        print(json.dumps(reply))
+        put(json.dumps(reply))
         return 0
     if reply["orchestrator"] != "ready":
         print("the orchestrator does not answer: what is due is delayed", file=sys.stderr)
-    print(columns(HEADINGS, [job_cells(job) for job in reply["results"]]))
+    put(columns(HEADINGS, [job_cells(job) for job in reply["results"]]))
     return 0
 
 
@@ -149,10 +150,10 @@ def run_job(scheduler: MemoryClient, options: argparse.Namespace) -> int:
     if reply["status"] != "success":
         return refused(reply, scheduler)
     if options.json:
-        print(json.dumps(reply))
+        put(json.dumps(reply))
         return 0
     for line in told(options.name, reply):
-        print(line)
+        put(line)
     return 0
 
 

@@ -27,6 +27,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from output import put
 from status_table import columns
 
 from memory_system import keys
@@ -75,22 +76,26 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     which.add_argument("--agent", metavar="NAME", help="make a key of this name")
     which.add_argument("--revoke", metavar="NAME", help="have this key refused from now on")
     which.add_argument("--list", action="store_true", help="show the keys, and change nothing")
-    parser.add_argument("--role", default="writer", help="reader, writer (the default), operator or admin; or several")
+    parser.add_argument("--role", help="reader, writer (the default), operator or admin; or several")
     parser.add_argument("--namespaces", help="namespaces, each with all below it; '*': all (default: default)")
-    parser.add_argument("--act-for", default="", help="names of keys that it may speak for; '*': all")
-    return parser.parse_args(arguments)
+    parser.add_argument("--act-for", help="names of keys that it may speak for; '*': all")
+    options = parser.parse_args(arguments)
+    granted = (options.role, options.namespaces, options.act_for)
+    if options.agent is None and any(each is not None for each in granted):
+        parser.error("whose key? AGENT is missing: make keys AGENT=name ROLE=writer NAMESPACES=home,work")
+    return options
 
 
 def act(folder: Folder, options: argparse.Namespace, settings: Settings) -> int:
     if options.revoke:
         folder.revoke(options.revoke)
-        print(f"the key of {options.revoke} is revoked; running programs refuse it within a second")
+        put(f"the key of {options.revoke} is revoked; running programs refuse it within a second")
         return 0
     if not options.list:
         for line in (*folder.make_own(), *remarks(settings)):
-            print(line)
+            put(line)
         if options.agent:
-            print(told(folder.make(wanted(options)), settings))
+            put(told(folder.make(wanted(options)), settings))
     show(folder.entries)
     return 0
 
@@ -101,11 +106,16 @@ def wanted(options: argparse.Namespace) -> Entry:
         raise ConfigError(
             f"AGENT={options.agent!r}: expected letters, digits, dots, dashes and underscores, at most 64"
         )
-    roles = split(options.role)
+    roles = split("writer" if options.role is None else options.role)
     namespaces = options.namespaces
     if namespaces is None:
         namespaces = next((DEFAULT_NAMESPACES[role] for role in ("admin", "writer", "reader") if role in roles), "")
-    entry = {"name": options.agent, "roles": roles, "namespaces": split(namespaces), "act_for": split(options.act_for)}
+    entry = {
+        "name": options.agent,
+        "roles": roles,
+        "namespaces": split(namespaces),
+        "act_for": split(options.act_for or ""),
+    }
     check_grant(Grant(options.agent, "", frozenset(roles), tuple(entry["namespaces"])), f"AGENT={options.agent}")
     return entry
 
@@ -132,7 +142,7 @@ def told(path: Path, settings: Settings) -> str:
 
 
 def show(entries: Sequence[Entry]) -> None:
-    print(columns(HEADINGS, [row_of(entry) for entry in entries]))
+    put(columns(HEADINGS, [row_of(entry) for entry in entries]))
 
 
 def row_of(entry: Entry) -> tuple[str, ...]:

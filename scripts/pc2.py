@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -19,31 +20,34 @@ from pathlib import Path
 from typing import Any, Final
 
 import orphans
+from output import put
 from status_table import ask_manager, rows, shown
 from supervision import (
     POLL_S,
     PROJECT,
     Deployment,
     Failure,
-    Port,
     RunDir,
     ask_health,
     check_ports,
+    did_not_start,
     is_alive,
     is_healthy,
-    last_words,
     ports,
     shut_down,
 )
 
 from memory_system.deployment import SUPERVISOR_CONFIG
-from memory_system.errors import ConfigError
+from memory_system.errors import ConfigError, MemorySystemError
 from memory_system.keys import KEY_FILE_VARIABLE
-from memory_system.settings import CONFIG_VARIABLE, config_file, load_settings
+from memory_system.security import check_bind
+from memory_system.settings import CONFIG_VARIABLE, Settings, config_file, load_settings
+from memory_system.storage.database import lock_store
 
 START_S: Final = 60.0
 GIVEN_UP: Final = frozenset({"EXITED", "FATAL", "STOPPED", "UNKNOWN"})
 NOT_RUNNING: Final = 3
+INTERRUPTED: Final = 130
 
 
 def environment(run: RunDir, deployment: Deployment) -> dict[str, str]:
@@ -111,12 +115,13 @@ def wait_healthy(
     while True:
         if run.supervisor_pid() is None:
             raise Failure(f"supervisord ended; see {deployment.log_dir}")
-        for name, info in run.processes().items():
-            if name not in waiting:
-                continue
-            if is_given_up(info) if restarts else has_exited(info, first_pids):
-                raise Failure(f"{name} did not start: {last_words(deployment.console_log(name), seen_bytes[name])}")
-            if is_healthy(ask_health(waiting[name], 300, key), info["pid"]):
+        for name in tuple(waiting):
+            # Of all, each time: the answers of those that start slowly would hold up the word of one that ended.
+            processes = {each: info for each, info in run.processes().items() if each in waiting}
+            for each, info in processes.items():
+                if is_given_up(info) if restarts else has_exited(info, first_pids):
+                    raise did_not_start(deployment, info, seen_bytes[each])
+            if name in processes and is_healthy(ask_health(waiting[name], 300, key), processes[name]["pid"]):
                 del waiting[name]
         if not waiting:
             return
@@ -143,7 +148,7 @@ def print_table(run: RunDir, deployment: Deployment) -> bool:
     if told is None:
         print("the health manager does not answer: each program was asked by itself", file=sys.stderr)
     found = list(rows(run, deployment, told or {}))
-    print(shown(found), flush=True)
+    put(shown(found))
     return all(row.is_well for row in found if row.program in deployment.addresses)
 
 
@@ -182,27 +187,39 @@ def wait_loaded(deployment: Deployment, deadline: float) -> None:
             time.sleep(POLL_S)
 
 
-def planned() -> tuple[Deployment, list[Port]]:
-    """What the configuration asks for, and every port that it takes."""
-    settings = load_settings()
-    deployment = Deployment.planned(settings, config_file(None, os.environ))
-    return deployment, list(ports(settings, deployment.addresses))
+def planned(settings: Settings) -> Deployment:
+    """What the configuration asks for."""
+    return Deployment.planned(settings, config_file(None, os.environ))
+
+
+def checked(settings: Settings) -> Deployment:
+    """The same, when every program could listen where it is to. Raises Failure or ConfigError."""
+    deployment = planned(settings)
+    check_ports(ports(settings, deployment.addresses), deployment.key())
+    check_bind(settings.network, settings.security)
+    return deployment
 
 
 def first_start(run: RunDir, deadline: float) -> Deployment:
     """Check what can be checked, start everything, wait; leaves nothing behind when that fails."""
-    deployment, wanted = planned()
-    check_ports(wanted, deployment.key())
+    settings = load_settings()
+    deployment = checked(settings)
+    try:
+        lock_store(Path(settings.storage.path)).release()
+    except MemorySystemError as error:
+        raise Failure(error.message) from None
     seen_bytes = deployment.console_sizes()
     print(f"starting {', '.join(deployment.addresses)} ...", file=sys.stderr)
     try:
         launch(run, deployment)
         wait_healthy(run, deployment, deadline, seen_bytes, restarts=False)
-    except (Failure, KeyboardInterrupt):
+    except (Failure, KeyboardInterrupt) as error:
+        if isinstance(error, Failure):  # told before the others are stopped, which takes seconds
+            print(f"error: {error}", file=sys.stderr, flush=True)
         pid = run.supervisor_pid()
         if pid is not None:
             shut_down(run, pid)
-        raise
+        raise SystemExit(INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1) from None
     return deployment
 
 
@@ -214,8 +231,7 @@ def run_here() -> int:
         if pid is not None:
             raise Failure(f"already running under supervisord, pid {pid}: stop it first with 'make stop-pc2'")
         stop_orphans(run)
-        deployment, wanted = planned()
-        check_ports(wanted, deployment.key())
+        deployment = checked(load_settings())
         environ = environment(run, deployment)
     command = supervisord("-n")
     # Of supervisord.conf, `directory` and `umask` count in the background only.
@@ -254,17 +270,17 @@ def stop_orphans(run: RunDir) -> bool:
 
 def tell_not_running() -> bool:
     """Say so; and whether a program answers all the same, as one does whose supervisord was killed."""
-    deployment, _ = planned()
+    deployment = planned(load_settings())
     key = deployment.key()
     left = [(name, address, ask_health(address, key=key)) for name, address in deployment.addresses.items()]
     for name, address, reply in left:
         if reply is not None:
-            print(f"not under supervisord, but {name} answers at {address.shown}: pid {reply.get('pid', '?')}")
+            put(f"not under supervisord, but {name} answers at {address.shown}: pid {reply.get('pid', '?')}")
     if orphans.find(RunDir(os.environ)):
-        print("'make stop-pc2' stops what was left, 'make start-pc2' starts anew")
+        put("'make stop-pc2' stops what was left, 'make start-pc2' starts anew")
     orphaned = any(reply is not None for _, _, reply in left)
     if not orphaned:
-        print("not running")
+        put("not running")
     return orphaned
 
 
@@ -277,7 +293,7 @@ def stop() -> int:
                 return 1 if tell_not_running() else 0
         else:
             shut_down(run, pid)
-    print("stopped")
+    put("stopped")
     return 0
 
 
@@ -297,6 +313,7 @@ def logs() -> int:
     files = sorted(str(path) for path in Path(folder).glob("*.log"))
     if not files:
         raise Failure(f"no logs yet in {folder}")
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python's way would outlive the exec, and tail complain
     os.execvp("tail", ["tail", "-n", "20", "-F", *files])
 
 
@@ -324,7 +341,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
 
 
 if __name__ == "__main__":

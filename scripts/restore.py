@@ -20,6 +20,8 @@ from typing import Final
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from output import put
+
 from memory_system.errors import ConfigError, MemorySystemError
 from memory_system.settings import load_settings
 from memory_system.storage.backup import Backup, backups, folder_of
@@ -45,10 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return fail(f"there is no backup in {folder}", 1)
     source = found[0].path if options.file == LATEST else Path(options.file).expanduser().absolute()
     try:
-        done = restore(source, store, time.time(), lambda text: print(text, flush=True))
+        done = restore(source, store, time.time(), put)
     except MemorySystemError as error:
         return fail(error.message, 1)
-    print(told(done, source, store))
+    put(told(done, source, store))
     return 0
 
 

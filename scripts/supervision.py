@@ -245,6 +245,13 @@ def last_words(path: Path, seen_bytes: int) -> str:
     return lines[-1].strip() if lines else f"it printed nothing; see {path.parent}"
 
 
+def did_not_start(deployment: Deployment, info: Mapping[str, Any], seen_bytes: int) -> Failure:
+    """What to tell of a program that supervisord saw end. Its exit status is not known once it is started again."""
+    name, status = info["name"], info.get("exitstatus")
+    words = last_words(deployment.console_log(name), seen_bytes)
+    return Failure(f"{name} did not start{f' (exit status {status})' if status else ''}: {words}")
+
+
 def shut_down(run: RunDir, pid: int) -> None:
     """Stop supervisord and its programs, and wait until they are gone; raises Failure at the deadline."""
     # Already on its way down: waiting is all that is left to do.

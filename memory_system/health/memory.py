@@ -1,4 +1,5 @@
-"""What a manager keeps of each component for the one after it: its trouble, its last deaths, who only beats.
+"""What a manager keeps of each component for the one after it: its state and since when, its trouble, its last deaths,
+who only beats.
 
 Pure; `..._at` are epoch seconds, which a restart does not change.
 """
@@ -22,7 +23,7 @@ _STATES: Final = frozenset({"starting", "healthy", "degraded", "down", "flapping
 @dataclass(frozen=True, slots=True)
 class Memory:
     """One component. `troubled`: its trouble was told, and its recovery is still to be told. `heartbeat_s` is None
-    for a program, which is known from the configuration."""
+    for a program, which is known from the configuration. `pid` is 0 where no process is known."""
 
     state: str
     cause: str = ""
@@ -31,10 +32,12 @@ class Memory:
     heartbeat_s: float | None = None
     last_heartbeat_at: float | None = None
     address: str | None = None
+    pid: int = 0
+    since_at: float | None = None
 
     def matters(self, now_at: float) -> bool:
         is_agent = self.heartbeat_s is not None and now_at - (self.last_heartbeat_at or 0.0) < FORGET_S
-        return self.troubled or bool(self.deaths_at) or is_agent
+        return self.troubled or bool(self.deaths_at) or bool(self.pid) or is_agent
 
 
 def encode(memories: Mapping[str, Memory], now_at: float) -> str:
@@ -59,6 +62,7 @@ def _memory(value: Any, now_at: float) -> Memory | None:
     if not isinstance(value, dict) or value.get("state") not in _STATES:
         return None
     cause, address, deaths = value.get("cause"), value.get("address"), value.get("deaths_at")
+    since_at = _number(value.get("since_at"))
     times = [_number(each) for each in deaths[-_MAX_DEATHS:]] if isinstance(deaths, list) else []
     return Memory(
         state=value["state"],
@@ -68,6 +72,8 @@ def _memory(value: Any, now_at: float) -> Memory | None:
         heartbeat_s=_number(value.get("heartbeat_s")),
         last_heartbeat_at=_number(value.get("last_heartbeat_at")),
         address=address if isinstance(address, str) else None,
+        pid=int(_number(value.get("pid")) or 0),
+        since_at=since_at if since_at is not None and since_at <= now_at else None,
     )
 
 

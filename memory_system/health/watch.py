@@ -99,7 +99,7 @@ class Watch:
         for name in self._programs:
             self._add(name, Watched.begun(self._rules, now_s, known.get(name)))
         if self._supervisor is not None:
-            self._add(SUPERVISOR, Watched.begun(self._rules, now_s))
+            self._add(SUPERVISOR, Watched.begun(self._rules, now_s, known.get(SUPERVISOR), pid=os.getppid()))
         for name, each in known.items():
             if each.heartbeat_s is not None and name not in self._watched and name != SUPERVISOR:
                 self._add(name, Watched.begun(self._rules, now_s, each, each.heartbeat_s, each.address))
@@ -287,7 +287,7 @@ class Watch:
             if state.state != "down":
                 self._healer.lives(name)
             now_at = time.time()
-            watched.since_at = now_at - (time.monotonic() - state.since_s)
+            watched.since_at = watched.came_at(state, now_at)
             log.info("state_changed", component=name, state=state.state, cause=state.cause, reason=state.reason)
             self._on_change(name, state, self._entry(name, watched, now_at, state))
 

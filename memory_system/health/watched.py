@@ -25,7 +25,7 @@ _OF_HEARTBEAT: Final = frozenset({"v", "kind", "component", "timestamp", "pid", 
 @dataclass(slots=True)
 class Watched:
     """`..._at` are epoch seconds, `..._s` monotonic ones; `address` is where it listens or where its heartbeats
-    come from."""
+    come from. `before` is what the last manager knew, until its state is known anew."""
 
     component: Component
     address: str | None = None
@@ -35,6 +35,9 @@ class Watched:
     since_at: float = 0.0
     last_reply_at: float | None = None
     last_heartbeat_at: float | None = None
+    # Of supervisord, which started this program, and neither is asked nor sends heartbeats.
+    pid: int = 0
+    before: Memory | None = None
 
     @classmethod
     def begun(
@@ -44,12 +47,26 @@ class Watched:
         memory: Memory | None = None,
         heartbeat_s: float | None = None,
         address: str | None = None,
+        pid: int = 0,
     ) -> Watched:
         """A component as it is first known; `memory`: what the manager before this one kept of it."""
-        made = cls(Component(rules, now_s, heartbeat_s=heartbeat_s), address)
+        made = cls(Component(rules, now_s, heartbeat_s=heartbeat_s), address, pid=pid)
         if memory is not None:
             made._recall(memory, now_s)
         return made
+
+    def came_at(self, state: State, now_at: float) -> float:
+        """When it came into `state`, in which it is now; a restart of the manager is no change of it.
+
+        What the manager before this one saw counts for the same process, as long as nothing else was seen of it.
+        """
+        before = self.before
+        if state.state != "starting":
+            self.before = None
+        if before is None or before.since_at is None or self._pid() not in (0, before.pid):
+            return now_at - (time.monotonic() - state.since_s)
+        is_same = (state.state, state.cause) == (before.state, before.cause)
+        return before.since_at if is_same else now_at - (time.monotonic() - state.since_s)
 
     def entry(
         self, name: str, kills: int, left_alone: bool, now_at: float, state: State | None = None
@@ -87,12 +104,17 @@ class Watched:
             heartbeat_s=None if component.state.cause == "stopped" else component.heartbeat_s,
             last_heartbeat_at=self.last_heartbeat_at,
             address=self.address,
+            pid=self._pid(),
+            since_at=self.since_at,
         )
 
     def _recall(self, memory: Memory, now_s: float) -> None:
-        now_at = time.time()
+        now_at, self.before = time.time(), memory
         self.last_heartbeat_at = memory.last_heartbeat_at
         self.component.recall(memory.state, [now_s - (now_at - each_at) for each_at in memory.deaths_at], now_s)
+
+    def _pid(self) -> int:
+        return self.component.pid or self.pid
 
     def _uptime_s(self, now_at: float) -> float | None:
         process = self.component.process

@@ -39,7 +39,7 @@ class Columns:
         self.digests: npt.NDArray[np.void] = np.zeros(_START, "V16")
         self.has_vector: Mask = np.zeros(_START, np.bool_)
         self._alive: Mask = np.zeros(_START, np.bool_)
-        self._expires = np.full(_START, np.inf)
+        self.expires = np.full(_START, np.inf)  # epoch seconds
         self.occurred_at = np.full(_START, np.nan)  # epoch seconds
         self.happened_at = np.zeros(_START)  # when it occurred, or else when it was created
         self.siblings = Siblings()
@@ -94,11 +94,11 @@ class Columns:
             slot = self._new_slot(row.row_id)
         else:
             self._count_lacking(slot, -int(not self.has_vector[slot]))
-            self._expiring -= bool(np.isfinite(self._expires[slot]))
+            self._expiring -= bool(np.isfinite(self.expires[slot]))
         if self.digests[slot].tobytes() != row.digest:
             self.has_vector[slot] = False
             self.digests[slot] = np.void(row.digest)
-        self._expires[slot] = np.inf if row.expires_at is None else row.expires_at
+        self.expires[slot] = np.inf if row.expires_at is None else row.expires_at
         self._expiring += row.expires_at is not None
         self.occurred_at[slot] = np.nan if row.occurred_at is None else row.occurred_at
         self._place(slot, row, known)
@@ -139,8 +139,8 @@ class Columns:
         self._top += count
         self.row_ids[new] = rows.row_id
         self.digests[new] = np.frombuffer(b"".join(rows.digest), "V16")
-        self._expires[new] = [np.inf if time_s is None else time_s for time_s in rows.expires_at]
-        self._expiring += int(np.count_nonzero(np.isfinite(self._expires[new])))
+        self.expires[new] = [np.inf if time_s is None else time_s for time_s in rows.expires_at]
+        self._expiring += int(np.count_nonzero(np.isfinite(self.expires[new])))
         self.occurred_at[new] = occurred_at = np.array(rows.occurred_at, np.float64)  # None becomes NaN
         self.happened_at[new] = np.where(np.isnan(occurred_at), np.array(rows.created_at, np.float64), occurred_at)
         for name, coding in self._codings.items():
@@ -181,7 +181,7 @@ class Columns:
         if slot is not None:
             self._leave(slot)
             self._alive[slot] = self.has_vector[slot] = False
-            self._expires[slot] = np.inf
+            self.expires[slot] = np.inf
             self._kept.note(slot)
             self.digests[slot] = np.void(bytes(16))
             self._free.append(slot)
@@ -215,11 +215,11 @@ class Columns:
         # 1 and True are equal, and mean different things in a filter: their texts differ.
         key = (scope.namespace, repr(scope.filter), scope.include_archived, scope.since_s, scope.until_s)
         allowed = self._kept.get(key, lambda where: _allowed(self, scope, where), self._top)
-        return allowed & (self._expires[: self._top] > scope.now_s) if self._expiring else allowed
+        return allowed & (self.expires[: self._top] > scope.now_s) if self._expiring else allowed
 
     def visible(self, slots: Ids, scope: Scope) -> Mask:
         """Which of the slots hold a row that the scope's namespace, time and state let pass, whatever its filter."""
-        seen = (slots >= 0) & self._alive[slots] & (self._expires[slots] > scope.now_s)
+        seen = (slots >= 0) & self._alive[slots] & (self.expires[slots] > scope.now_s)
         seen &= self._codes["namespace"][slots] == self._codings["namespace"].code(scope.namespace)
         if not scope.include_archived:
             seen &= self._codes["state"][slots] == self._codings["state"].code("active")
@@ -259,7 +259,7 @@ class Columns:
     def _grow(self) -> None:
         self.row_ids, self.digests = _doubled(self.row_ids), _doubled(self.digests)
         self.has_vector, self._alive = _doubled(self.has_vector), _doubled(self._alive)
-        self._expires, self.occurred_at = _doubled(self._expires), _doubled(self.occurred_at)
+        self.expires, self.occurred_at = _doubled(self.expires), _doubled(self.occurred_at)
         self.happened_at = _doubled(self.happened_at)
         self._codes = {name: _doubled(codes) for name, codes in self._codes.items()}
         self.siblings.reserve(len(self.row_ids))
@@ -272,7 +272,7 @@ class Columns:
     def _leave(self, slot: int) -> None:
         """Take back what a row's place and values are counted by."""
         self._count_lacking(slot, -int(not self.has_vector[slot]))
-        self._expiring -= bool(np.isfinite(self._expires[slot]))
+        self._expiring -= bool(np.isfinite(self.expires[slot]))
         self.siblings.remove(slot, self._family(slot))
         self.speakers.remove(slot)
         for name, coding in self._codings.items():
@@ -318,7 +318,7 @@ def _filter(columns: Columns, node: Filter, where: Where) -> Mask:
 
 def _condition(columns: Columns, condition: Condition, where: Where) -> Mask:
     if condition.field == "expires_at":
-        return _expiry(condition, columns._expires[where])
+        return _expiry(condition, columns.expires[where])
     name = condition.path or condition.field
     if condition.op == "eq" and isinstance(condition.operand, str):
         return _equals(columns, name, condition.operand, where)

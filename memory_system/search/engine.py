@@ -177,7 +177,9 @@ class SearchEngine:
         columns = view.columns
         reason = self._obstacle(view, query, vector)
         mask = self._mask(columns, query, allowed)
-        heard = columns.speakers.heard(mask) if query.mode == "hybrid" and not query.include_archived else mask
+        heard = mask
+        if query.mode == "hybrid" and not query.include_archived:
+            heard = columns.speakers.heard(mask, columns.expires, query.scope.now_s)
         words = NO_QUERY if query.mode == "dense" else view.words.prepare(query.namespace, query.text)
         slots, _ = view.words.candidates(words, heard, columns.row_ids, wanted)
         compared = view.vectors if reason is None and query.mode != "keyword" else None

@@ -116,7 +116,8 @@ def _heard(columns: Columns, slots: Ids, scope: Scope) -> Mask:
     if scope.include_archived or not columns.speakers.count:
         return seen
     speakers = columns.speakers
-    speaks = (slots >= 0) & columns.visible(speakers.into[slots].astype(np.int64), scope)
+    into = speakers.into[slots].astype(np.int64)
+    speaks = (slots >= 0) & columns.visible(into, scope) & (columns.expires[slots] > scope.now_s)
     heard: Mask = speaks | (seen & (speakers.voices[slots] == 0))
     return heard
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -67,35 +67,6 @@ class KeywordQuery:
 NO_QUERY: Final = KeywordQuery((), np.zeros(0, np.uint64), 0, 0.0, np.zeros(0, np.int64), np.zeros(0, np.float32))
 
 
-class KeywordIndex(Protocol):
-    """What a keyword side offers. `analyse` is for any thread; the owner's lock is held around all else."""
-
-    def analyse(self, texts: Sequence[str]) -> Words:
-        """Texts as `add` takes them."""
-
-    def add(self, slots: Sequence[int], namespaces: Sequence[str], words: Words) -> None:
-        """Texts of slots that have none."""
-
-    def remove(self, slot: int) -> None:
-        """Forget the text of a slot, if it has one."""
-
-    def prepare(self, namespace: str, text: str) -> KeywordQuery:
-        """The terms of a query text, and how common they are in the namespace."""
-
-    def candidates(self, query: KeywordQuery, mask: Mask, row_ids: Ids, k: int) -> tuple[Ids, Floats]:
-        """Up to k slots with any of the terms that the mask allows, and their BM25, best first, equal ones by row."""
-
-    def frequencies(self, query: KeywordQuery, slots: Ids, distinct: bool = False) -> Floats:
-        """How often each term stands in each slot's text: [terms, slots]; 0 for a slot without text, such as -1.
-        `distinct`: no slot is named twice."""
-
-    def lengths(self, slots: Ids) -> Floats:
-        """The length of each slot's text in terms; 0 for a slot without text, such as -1."""
-
-    def notes(self, slots: Ids) -> Hashes:
-        """The notes of each slot's text; 0 for a slot without text, such as -1."""
-
-
 def bm25(query: KeywordQuery, frequencies: Floats, lengths: Floats) -> Floats:
     """BM25 of texts, from how often they have each term ([terms, texts]) and their lengths."""
     norm = K1 * (1.0 - B + B * lengths / max(1.0, query.average_length))
@@ -111,7 +82,10 @@ def shares(query: KeywordQuery, frequencies: Floats) -> npt.NDArray[np.float64]:
 
 
 class WordIndex:
-    """The keyword side in memory: FTS5's tokenizer and our own postings."""
+    """The keyword side in memory: FTS5's tokenizer and our own postings.
+
+    `analyse` is for any thread, as is what says so; the owner's lock is held around all else.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -121,12 +95,15 @@ class WordIndex:
         return f"<WordIndex {self.postings!r}>"
 
     def analyse(self, texts: Sequence[str]) -> Words:
+        """Texts as `add` takes them."""
         return Words(*self.tokenizer.hashes(texts), np.array([note(text) for text in texts], np.uint64))
 
     def add(self, slots: Sequence[int], namespaces: Sequence[str], words: Words) -> None:
+        """Texts of slots that have none."""
         self.postings.add(slots, namespaces, words.hashes, words.counts, words.notes)
 
     def remove(self, slot: int) -> None:
+        """Forget the text of a slot, if it has one."""
         self.postings.remove(slot)
 
     def disagreement(
@@ -140,6 +117,7 @@ class WordIndex:
         return self.postings.merge_step(lock, purge)
 
     def prepare(self, namespace: str, text: str) -> KeywordQuery:
+        """The terms of a query text, and how common they are in the namespace."""
         words = query_words(text)
         known = self.tokenizer.terms(words)
         terms = {term: key for word in words for term, key in zip(*known[word], strict=True)}
@@ -165,6 +143,7 @@ class WordIndex:
         return KeywordQuery(tuple(terms), keys, counts.texts, average, found_in, idf, places)
 
     def candidates(self, query: KeywordQuery, mask: Mask, row_ids: Ids, k: int) -> tuple[Ids, Floats]:
+        """Up to k slots with any of the terms that the mask allows, and their BM25, best first, equal ones by row."""
         if not query.terms or k <= 0:
             return np.zeros(0, np.int64), np.zeros(0, np.float32)
         if int(np.count_nonzero(mask)) <= _FEW:
@@ -177,15 +156,19 @@ class WordIndex:
         return slots[order], scores[order]
 
     def frequencies(self, query: KeywordQuery, slots: Ids, distinct: bool = False) -> Floats:
+        """How often each term stands in each slot's text: [terms, slots]; 0 for a slot without text, such as -1.
+        `distinct`: no slot is named twice."""
         if distinct:
             return self.postings.frequencies(query.places, len(query.terms), slots)
         different, places = np.unique(slots, return_inverse=True)
         return self.postings.frequencies(query.places, len(query.terms), different)[:, places]
 
     def lengths(self, slots: Ids) -> Floats:
+        """The length of each slot's text in terms; 0 for a slot without text, such as -1."""
         return _by_slot(self.postings.lengths, slots).astype(np.float32)
 
     def notes(self, slots: Ids) -> Hashes:
+        """The notes of each slot's text; 0 for a slot without text, such as -1."""
         return _by_slot(self.postings.notes, slots)
 
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 Links = npt.NDArray[np.int32]
 Ids = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
+Times = npt.NDArray[np.float64]
 
 NONE: Final = -1
 _START: Final = 1024
@@ -77,13 +78,13 @@ class Speakers:
         into = self.into[slots]
         return np.where(into == NONE, slots, into).astype(np.int64)
 
-    def heard(self, mask: Mask) -> Mask:
-        """The mask, with those that speak for what it allows."""
+    def heard(self, mask: Mask, expires: Times, now_s: float) -> Mask:
+        """The mask, with those that speak for what it allows. `expires`: when each slot's row does, inf for never."""
         if not self.count:
             return mask
         speaking = np.flatnonzero(self.into[: len(mask)] != NONE)
         wider = mask.copy()
-        wider[speaking] = mask.take(self.into.take(speaking))
+        wider[speaking] = mask.take(self.into.take(speaking)) & (expires[speaking] > now_s)
         return wider
 
     def _link(self, slot: int, target: int) -> None:

@@ -25,6 +25,14 @@ CREATED_BY: Final = "consolidation"
 # What archiving an original changes, and undo gives back.
 _BEFORE: Final = ("archived_at", "promote_at", "due_at")
 
+_SPEAK_FOR_ANOTHER: Final = (
+    "SELECT DISTINCT one.member_row_id FROM json_each(:doomed) AS gone "
+    "CROSS JOIN consolidation_members AS one ON one.row_id = gone.value "
+    "WHERE one.member_row_id NOT IN (SELECT value FROM json_each(:doomed)) AND EXISTS "
+    "(SELECT 1 FROM consolidation_members AS other WHERE other.member_row_id = one.member_row_id "
+    "AND other.row_id <> one.row_id)"
+)
+
 
 def apply(context: WriteContext, plan: Plan) -> Reply:
     """Make the merged memory and archive its originals; nothing at all if one of them is not as planned any more.
@@ -74,8 +82,11 @@ def before_removal(context: WriteContext, doomed: Collection[int]) -> None:
     """Take what these rows said out of the memories that they were merged into; to be called before they are deleted.
 
     A merged memory is told anew by the pieces of the originals that stay. Where fewer than two stay, or the pieces are
-    not known, it is removed, and those that stay come back as they were.
+    not known, it is removed, and those that stay come back as they were. What one of these rows was made of speaks for
+    an older merged memory again, if it had become part of one before.
     """
+    for (row_id,) in context.db.execute(_SPEAK_FOR_ANOTHER, {"doomed": rows.to_json(list(doomed))}).fetchall():
+        context.log_change(row_id, "put")
     affected = context.db.execute(
         "SELECT DISTINCT row_id FROM consolidation_members WHERE member_row_id IN (SELECT value FROM json_each(?)) "
         "AND row_id NOT IN (SELECT value FROM json_each(?))",
@@ -199,8 +210,9 @@ def _give_back(context: WriteContext, merged: Memory, row_id: int, before: dict[
 
 
 def _is_taken_elsewhere(context: WriteContext, merged_row_id: int, row_id: int) -> bool:
-    """Whether an original that was brought back has become part of another merged memory since."""
-    sql = "SELECT 1 FROM consolidation_members WHERE member_row_id = ? AND row_id <> ?"
+    """Whether an original that was brought back has become part of another merged memory since: of a newer one. That it
+    was part of an older one before is no reason to leave it where this one put it."""
+    sql = "SELECT 1 FROM consolidation_members WHERE member_row_id = ? AND row_id > ?"
     return context.db.execute(sql, (row_id, merged_row_id)).fetchone() is not None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import math
 import os
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from memory_system.errors import StorageFailed
+from memory_system.errors import CannotStart, StorageFailed
 from memory_system.storage import inspection, migrations
 
 APPLICATION_ID: Final = migrations.APPLICATION_ID
@@ -44,6 +45,22 @@ class StoreLock:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def lock_store(path: Path) -> StoreLock:
+    """The lock of the store at `path`, in a folder that is made if need be.
+
+    Raises CannotStart where nothing can be written, StorageFailed when another orchestrator holds it.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        return StoreLock(path)
+    except OSError as error:
+        raise CannotStart(
+            f"the store {path} cannot be opened: {error.strerror}; set storage.path to a file in a writable folder"
+        ) from error
 
 
 def connect_writer(path: Path, synchronous: str = "full") -> sqlite3.Connection:

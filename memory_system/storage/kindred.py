@@ -22,7 +22,8 @@ _M: Final = rows.columns("m")
 # What can be merged at all; whether it fades is for consolidation/rules.py.
 _POSSIBLE: Final = (
     f"m.state = 'active' AND m.expires_at IS NULL AND m.memory_type <> '{CONSOLIDATED}' "
-    "AND NOT EXISTS (SELECT 1 FROM consolidations_undone u WHERE u.row_id = m.row_id)"
+    "AND NOT EXISTS (SELECT 1 FROM consolidations_undone u WHERE u.row_id = m.row_id) "
+    "AND NOT EXISTS (SELECT 1 FROM consolidations c WHERE c.row_id = m.row_id)"  # whatever type it was given since
 )
 _BY_ROW_ID: Final = (
     f"SELECT {_M} FROM json_each(?) AS wanted CROSS JOIN memories AS m ON m.row_id = wanted.value WHERE {_POSSIBLE}"

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from memory_system.storage.database import StoreLock
 from tests.support.process import free_port
 
 PROJECT = Path(__file__).resolve().parent.parent.parent
@@ -366,11 +367,41 @@ def test_broken_configuration_is_named_before_anything_starts(host: Host, text: 
 
 
 def test_program_that_exits_is_quoted_and_leaves_nothing_behind(host: Host) -> None:
-    (host.folder / "file").write_text("")
-    done = host.pc2("start", MEMORY__STORAGE__PATH=str(host.folder / "file" / "memory.db"))
+    (host.folder / "memory.db").write_text("not a database, " * 512)
+    done = host.pc2("start")
     assert done.returncode == 1
-    assert_one_line(done, "orchestrator did not start: ")
+    assert_one_line(done, "orchestrator did not start", "file is not a database")
     assert_nothing_runs(host)
+
+
+@pytest.mark.parametrize("path", ["file/memory.db", "folder", "/proc/memory.db"])
+def test_a_store_that_cannot_be_there_is_named_before_anything_starts(host: Host, path: str) -> None:
+    (host.folder / "file").write_text("")
+    (host.folder / "folder").mkdir()
+    done = host.pc2("start", MEMORY__STORAGE__PATH=str(host.folder / path))
+    assert done.returncode == 1
+    assert_one_line(done, f"the store {host.folder / path} cannot be opened: ", "storage.path")
+    assert not (host.folder / "logs" / "supervisord.log").exists()
+
+
+def test_a_store_of_an_orchestrator_started_elsewhere_is_named_before_anything_starts(host: Host) -> None:
+    lock = StoreLock(host.folder / "memory.db")
+    try:
+        done = host.pc2("start")
+    finally:
+        lock.release()
+    assert done.returncode == 1
+    assert_one_line(done, f"in use by another orchestrator (pid {os.getpid()})", "storage.path")
+    assert not (host.folder / "logs" / "supervisord.log").exists()
+
+
+@pytest.mark.parametrize("command", ["start", "run"])
+def test_an_open_address_without_keys_is_refused_before_anything_starts(host: Host, command: str) -> None:
+    keys = str(host.folder / "keys")
+    done = host.pc2(command, MEMORY__NETWORK__BIND="0.0.0.0", MEMORY__SECURITY__KEYS_DIR=keys)
+    assert done.returncode == 2
+    assert_one_line(done, "network.bind is 0.0.0.0", "make keys")
+    assert not (host.folder / "logs" / "supervisord.log").exists()
 
 
 def test_logs_follows_the_files(host: Host) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -44,6 +45,7 @@ def test_the_second_session_knows_what_the_first_said(tmp_path: Path) -> None:
             capture_output=True,
             text=True,
             timeout=120,
+            env={**os.environ, "MEMORY_KEY_FILE": ""},  # whatever keys this checkout has
         )
         assert done.returncode == 0, done.stderr
         left = orchestrator.ask("stats", {"namespace": "two_sessions"})

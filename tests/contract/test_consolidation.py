@@ -12,6 +12,7 @@ import pytest
 
 from memory_system.consolidation.summarisers import Embed, Original
 from memory_system.errors import ConfigError
+from memory_system.search.speakers import NONE
 from memory_system.service import kindred, merges
 from tests.support.archive import lines_of
 from tests.support.runs import DAY_S, DECAY, STEADY, reported
@@ -324,6 +325,19 @@ async def test_a_consolidated_memory_is_not_consolidated_again(service: Service)
 
 
 @service_test(**STEADY)
+async def test_a_consolidated_memory_of_another_type_is_not_consolidated_again(service: Service) -> None:
+    session_id, _ = await turns(service, GARDEN)
+    (record,) = await merged(service)
+    await service.ok("update_memory", memory_id=record["memory_id"], update_payload={"memory_type": "note"})
+    copy = await service.add(record["content"], parent_id=session_id, memory_type="note", memory_tier="medium")
+    other = await service.add(record["content"], parent_id=session_id, memory_type="note", memory_tier="medium")
+    await service.settled()
+    service.clock.ahead_s += 31 * DAY_S
+    reply = await service.ok("run_consolidation")
+    assert [plan["members"] for plan in reply["plans"]] == [[copy, other]]
+
+
+@service_test(**STEADY)
 async def test_only_the_namespaces_that_are_named(service: Service) -> None:
     for namespace in ("one", "two"):
         for _ in range(2):
@@ -452,6 +466,54 @@ async def test_undo_leaves_what_was_brought_back_and_revives_what_would_be_archi
         assert (await service.record(memory_id))["importance"] == pytest.approx(0.3, abs=1e-3)
     await service.ok("run_decay")
     assert [(await service.record(memory_id))["state"] for memory_id in ids] == ["active"] * 3
+
+
+async def merged_twice(service: Service) -> tuple[str, list[str], list[dict[str, Any]]]:
+    """One that was merged, brought back, and merged again with another: its id, those of the others, and the merged
+    memories, the older one first."""
+    (once, twice) = await alone(service, "The door code is 4711.", "The door code is 4711.")
+    older = await merged(service)
+    await service.ok("update_memory", memory_id=twice, update_payload={"state": "active"})
+    (new,) = await alone(service, "The door code is 4711.")
+    newer = await merged(service)
+    assert [(await service.record(each))["state"] for each in (once, twice, new)] == ["archived"] * 3
+    return twice, [once, new], older + newer
+
+
+@service_test(**STEADY)
+async def test_undo_brings_back_what_was_part_of_an_older_one_too(service: Service) -> None:
+    twice, (once, new), (older, newer) = await merged_twice(service)
+    reply = await service.ok("undo_consolidation", memory_id=newer["memory_id"])
+    assert {r["memory_id"] for r in reply["results"]} == {twice, new, newer["memory_id"]}
+    assert [(await service.record(each))["state"] for each in (once, twice, new)] == ["archived", "active", "active"]
+    reply = await service.ok("undo_consolidation", memory_id=older["memory_id"])
+    assert {r["memory_id"] for r in reply["results"]} == {once, older["memory_id"]}
+
+
+@service_test(**STEADY)
+async def test_undo_leaves_what_was_merged_again_since(service: Service) -> None:
+    twice, (once, new), (older, _) = await merged_twice(service)
+    await service.ok("undo_consolidation", memory_id=older["memory_id"])
+    assert [(await service.record(each))["state"] for each in (once, twice, new)] == ["active", "archived", "archived"]
+
+
+async def spoken_for(service: Service, memory_id: str) -> str | None:
+    """The memory for which this one's words count in searches."""
+    await service.ok("semantic_search", query="door", touch=False)
+    view = service.runtime._index.view
+    assert view is not None
+    slot = view.columns.slot(service.rows("SELECT row_id FROM memories WHERE memory_id = ?", memory_id)[0][0])
+    into = int(view.columns.speakers.into[slot])
+    found = service.rows("SELECT memory_id FROM memories WHERE row_id = ?", int(view.columns.row_ids[into]))
+    return None if into == NONE else str(found[0][0])
+
+
+@service_test(**STEADY)
+async def test_without_the_newer_one_an_original_speaks_for_the_older_one_again(service: Service) -> None:
+    twice, _, (older, newer) = await merged_twice(service)
+    assert await spoken_for(service, twice) == newer["memory_id"]
+    await service.ok("delete_memory", memory_id=newer["memory_id"])
+    assert await spoken_for(service, twice) == older["memory_id"]
 
 
 @service_test(**STEADY)

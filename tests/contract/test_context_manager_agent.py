@@ -126,6 +126,8 @@ def test_in_a_session_it_belongs_to_the_session(agent: Agent, orchestrator: Orch
     [
         ("add_to_context", {}, "text"),
         ("add_to_context", {"text": ""}, "text"),
+        ("add_to_context", {"text": " \n"}, "text"),
+        ("add_to_context", {"text": "x", "speaker": " "}, "speaker"),
         ("add_to_context", {"text": "é" * 40_000}, "text"),
         ("add_to_context", {"text": "x", "importance": 1.5}, "importance"),
         ("add_to_context", {"text": "x", "speeker": "Ada"}, "speeker"),

@@ -587,6 +587,8 @@ def test_one_bad_record_refuses_the_import(base: Base) -> None:
         ("add_fact", {"topic": "a"}, "content"),
         ("add_fact", {"topic": " ", "content": "x"}, "topic"),
         ("add_fact", {"topic": "a", "content": " \n"}, "content"),
+        ("update_fact", {"fact_id": "a", "content": " "}, "content"),
+        ("merge_topics", {"source": "a", "target": " "}, "target"),
         ("add_fact", {"topic": "a", "content": "x", "confidence": 2}, "confidence"),
         ("add_fact", {"topic": "a", "content": "x", "confidnce": 1}, "confidnce"),
         ("add_fact", {"topic": "a", "content": "x", "tags": ["y" * 200]}, "tags[0]"),

@@ -179,6 +179,7 @@ def test_a_batch_is_kept_whole_or_not_at_all(agent: Agent, user: str) -> None:
     for field, turn in (
         ("interactions[1].role", {"content": "x"}),
         ("interactions[1].content", {"role": "user", "content": ""}),
+        ("interactions[1].content", {"role": "user", "content": "\t "}),
         ("interactions[1].contnt", {"role": "user", "content": "x", "contnt": "x"}),
         ("interactions[1].importance", {"role": "user", "content": "x", "importance": 2}),
         ("interactions[1].content", {"role": "user", "content": "ж" * 40_000}),
@@ -311,9 +312,14 @@ def test_bad_fields_are_named(agent: Agent, user: str) -> None:
         ("get_context", "cursor", {"session_id": session_id, "token_budget": 10, "cursor": "x"}),
         ("list_sessions", "session_state", {"session_state": "closed"}),
         ("import_sessions", "conversations", {"conversations": []}),
+        ("add_interaction", "content", {"session_id": session_id, "role": "user", "content": " \n"}),
+        ("add_interaction", "role", {"session_id": session_id, "role": " ", "content": "x"}),
+        ("add_interaction", "speaker", {"session_id": session_id, "role": "user", "speaker": " ", "content": "x"}),
+        ("create_session", "metadata", {"user_id": user, "metadata": {"a": "x" * 40_000}}),
     ):
         reply = agent.refused(action, **data)
         assert (reply["error_code"], reply["details"]["field"]) == ("invalid_field", field), reply
+        assert reply["message"].startswith(field)
     assert agent.refused("get_context", session_id=session_id, limit=5, cursor="?")["error_code"] == "invalid_cursor"
 
 
@@ -504,6 +510,7 @@ def test_bad_conversations_are_named(agent: Agent, user: str) -> None:
         ("conversations[1].turns", [CHAT, {"conversation_id": "b", "turns": []}]),
         ("conversations[1].turns[1].role", [CHAT, {"conversation_id": "b", "turns": [good, {"content": "x"}]}]),
         ("conversations[1].conversation_id", [CHAT, CHAT]),
+        ("conversations[1].turns[0].content", [CHAT, {"conversation_id": "b", "turns": [{**good, "content": " "}]}]),
         (
             "conversations[1].turns[1].metadata",
             [CHAT, {"conversation_id": "b", "turns": [good, {**good, "metadata": {"a": "x" * 40_000}}]}],

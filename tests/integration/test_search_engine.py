@@ -539,7 +539,10 @@ def test_what_was_merged_again_speaks_for_what_it_became(store: SearchStore, sta
     assert ids(engine.search(query("pier", VECTORS[1]))) == [last, other]
 
 
-@pytest.mark.parametrize("change", ["the original is deleted", "the summary is archived", "the summary is deleted"])
+@pytest.mark.parametrize(
+    "change",
+    ["the original is deleted", "the original expired", "the summary is archived", "the summary is deleted"],
+)
 def test_who_speaks_for_nothing_is_not_heard(store: SearchStore, start: Start, change: str) -> None:
     rows = conversation(store, *TALK)
     summary = merged(store, rows[1:3], "it is downstairs", occurred_at=NOW_S + 1)
@@ -549,6 +552,8 @@ def test_who_speaks_for_nothing_is_not_heard(store: SearchStore, start: Start, c
     assert any((hit.parts or {})["keyword"] > 0.0 for hit in engine.search(asked).hits)
     if change == "the original is deleted":
         store.delete(rows[1])
+    elif change == "the original expired":
+        store.update(rows[1], expires_at=NOW_S - 1)
     elif change == "the summary is archived":
         store.update(summary, state="archived", archived_at=NOW_S)
     else:

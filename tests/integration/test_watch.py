@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import pytest
 import zmq
 
 from memory_system.deployment import Address
+from memory_system.health.memory import Memory, decode, encode
 from memory_system.health.states import State
 from memory_system.health.supervisor import Supervisor, SupervisorUnavailable
 from memory_system.health.watch import Watch
@@ -26,6 +27,8 @@ from tests.support.process import free_port, wait_until
 
 # What takes 10 s and more with the settings that the programs come with.
 QUICK = HealthSettings(check_s=0.5, supervisor_s=0.2, hang_s=3.0, slow_ms=600.0, steady_s=1.0, heal_backoff_s=2.0)
+# What a machine with too much to do turns to slow, or to hang, is neither.
+PATIENT = replace(QUICK, hang_s=60.0, slow_ms=30_000.0)
 OWN = "health_manager"
 
 PROGRAM = """
@@ -171,7 +174,10 @@ class Watching:
 
 @contextlib.asynccontextmanager
 async def watching(
-    addresses: Mapping[str, Address], supervisor: Supervisor | None, rules: HealthSettings = QUICK
+    addresses: Mapping[str, Address],
+    supervisor: Supervisor | None,
+    rules: HealthSettings = QUICK,
+    memories: Mapping[str, Memory] | None = None,
 ) -> AsyncIterator[Watching]:
     def on_change(name: str, state: State, entry: dict[str, Any]) -> None:
         seen.told.append((time.monotonic(), name, state, entry))
@@ -183,7 +189,7 @@ async def watching(
     forgotten: list[str] = []
     watch = Watch(rules, addresses, supervisor, own=own, on_change=on_change, report=report, on_forget=forgotten.append)
     seen = Watching(watch, forgotten=forgotten)
-    watch.start()
+    watch.start(memories)
     try:
         yield seen
     finally:
@@ -191,9 +197,11 @@ async def watching(
 
 
 @contextlib.asynccontextmanager
-async def watched(host: Host, rules: HealthSettings = QUICK) -> AsyncIterator[Watching]:
+async def watched(
+    host: Host, rules: HealthSettings = QUICK, memories: Mapping[str, Memory] | None = None
+) -> AsyncIterator[Watching]:
     """Both programs of the host are healthy, and watched."""
-    async with watching(host.addresses, Supervisor(str(host.socket)), rules) as seen:
+    async with watching(host.addresses, Supervisor(str(host.socket)), rules, memories) as seen:
         for name in host.addresses:
             await seen.until_state(name, "healthy")
         await seen.until(lambda: seen.entry("alpha")["uptime_s"] is not None, "supervisor has told of it")
@@ -218,6 +226,46 @@ def test_a_healthy_host(host: Host) -> None:
             assert (entry["deaths"], entry["kills"], entry["left_alone"]) == (0, 0, False)
             assert seen.entry(OWN)["figures"] == {"events": 7}
             assert seen.entry(OWN)["pid"] == os.getpid()
+
+    run(scenario())
+
+
+def test_a_restart_of_the_manager_is_no_change_of_what_it_watches(host: Host) -> None:
+    """Of what lived on, the same `since`; what was started again meanwhile came into its state later."""
+    beat = {"component": "agent_7", "state": "healthy", "pid": 4}
+    names = ("alpha", "beta", "supervisor", "agent_7")
+
+    async def scenario() -> None:
+        async with watched(host, PATIENT) as seen:
+            seen.watch.heartbeat(beat, "")
+            await seen.until_state("supervisor", "healthy")
+            first = {name: seen.entry(name) for name in names}
+            memories = decode(encode(seen.watch.memories(), time.time()), time.time())
+        os.kill(first["beta"]["pid"], signal.SIGKILL)
+        between_at = time.time()
+        async with watched(host, PATIENT, memories) as seen:
+            seen.watch.heartbeat(beat, "")
+            await seen.until_state("supervisor", "healthy")
+            again = {name: seen.entry(name) for name in names}
+            assert {entry["state"] for entry in again.values()} == {"healthy"}
+            assert again["beta"]["since"] >= between_at > first["beta"]["since"]
+            kept = [name for name in names if again[name]["since"] == first[name]["since"]]
+            assert kept == ["alpha", "supervisor", "agent_7"]
+
+    run(scenario())
+
+
+def test_a_change_after_the_restart_of_the_manager_is_one(host: Host) -> None:
+    async def scenario() -> None:
+        async with watched(host, PATIENT) as seen:
+            memories = seen.watch.memories()
+        async with watched(host, PATIENT, memories) as seen:
+            before = seen.entry("alpha")
+            began_at = time.time()
+            os.kill(before["pid"], signal.SIGKILL)
+            await seen.until(lambda: seen.entry("alpha")["deaths"] == 1, "alpha died")
+            await seen.until_state("alpha", "healthy")
+            assert seen.entry("alpha")["since"] >= began_at > before["since"]
 
     run(scenario())
 

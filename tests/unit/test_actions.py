@@ -21,7 +21,7 @@ from memory_system import protocol
 from memory_system.actions import Actions, Request, Span
 from memory_system.envelope import MAX_ITEMS, MAX_VALUES, read_request
 from memory_system.errors import Busy, ConfigError, InvalidField, InvalidRequest, MemoryNotFound
-from memory_system.fields import Fields
+from memory_system.fields import Fields, expected, reader_of
 from tests.support.wire import ENCODINGS, ERROR_FIELDS, encode
 
 PEER = b"peer"
@@ -146,6 +146,17 @@ def test_legacy_callers_may_send_more_than_is_known() -> None:
     assert ask(make_actions(), encode(request, "json"), "json")["status"] == "success"
     for body in ({**request, "v": 1}, {"v": 1, "action": "plan", "data": request["data"]}):
         assert ask(make_actions(), encode(body, "msgpack"))["error_code"] == "invalid_field"
+
+
+def test_text_that_may_not_be_blank() -> None:
+    name = Annotated[str, Span(1, 20, blank=False)]
+    read = reader_of(name | None)
+    assert expected(name) == "text of 1 to 20 characters that is not blank"
+    assert (read(" a ", "name", True), read(None, "name", True)) == (" a ", None)
+    for blank in ("", " ", "\n\t", "\u3000"):
+        with pytest.raises(InvalidField, match="name: expected text of 1 to 20 characters that is not blank") as caught:
+            read(blank, "name", True)
+        assert caught.value.field == "name"
 
 
 def test_what_no_field_can_be_is_refused_when_the_server_is_built() -> None:

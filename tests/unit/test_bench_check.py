@@ -83,6 +83,36 @@ def test_more_memory_than_a_peer_is_a_fall(guard: Guard) -> None:
     assert "resident memory, over chroma" in done.stdout
 
 
+def test_what_is_not_measured_any_more_is_told_and_fails(guard: Guard) -> None:
+    guard(run_of(), "--publish")
+    run = run_of(add=0.6)
+    run["rows"][2]["of_echo"] = None
+    done = guard(run)
+    assert done.returncode == 1
+    assert "not measured: add_memory, 8 clients: of echo" in done.stdout
+    assert "2 ratios compared, 0 fell" in done.stdout
+
+
+def test_what_is_measured_for_the_first_time_passes(guard: Guard) -> None:
+    run = run_of()
+    run["rows"][2]["of_echo"] = None
+    guard(run, "--publish")
+    done = guard(run_of())
+    assert done.returncode == 0
+    assert "not measured" not in done.stdout
+
+
+def test_a_ratio_of_nothing_is_no_traceback(guard: Guard) -> None:
+    guard(peers_run(memory=0.5), "--publish")
+    done = guard(peers_run(memory=0.0))
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "not measured: resident memory, over chroma" in done.stdout
+    guard(peers_run(add=0.0), "--publish")
+    done = guard(peers_run())
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "not compared" in done.stdout
+
+
 def test_publishing_one_kind_leaves_the_other(guard: Guard) -> None:
     guard(run_of(), "--publish")
     guard(peers_run(), "--publish")

@@ -160,6 +160,15 @@ class TestChoose:
         assert len(choice.chosen) == 7
         assert choice.left_out == {"limit": 293}
 
+    def test_what_is_too_long_is_not_in_the_way_of_what_fits(self) -> None:
+        """However many of the best are too long, at first or after what was chosen."""
+        long = [(item(f"w{at} " * 50), 1.0) for at in range(20)]
+        medium = [(item(f"v{at} " * 12), 0.9) for at in range(20)]
+        short = [(item("One more word."), 0.5), (item("And another one."), 0.4), (item("A last one."), 0.3)]
+        choice = chosen(scored(*long, *medium, *short), tokens=25, max_items=2)
+        assert texts(choice) == [medium[0][0].text, "One more word."]
+        assert choice.left_out == {"budget": 39, "limit": 2}
+
     @given(
         st.lists(st.tuples(st.integers(1, 30), st.floats(0, 1), st.booleans(), st.integers(0, 3)), max_size=30),
         st.integers(1, 120),

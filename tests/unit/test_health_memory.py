@@ -15,16 +15,17 @@ ANYTHING = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=8,
 )
-FIELDS = ("state", "cause", "troubled", "deaths_at", "heartbeat_s", "last_heartbeat_at", "address")
+FIELDS = ("state", "cause", "troubled", "deaths_at", "heartbeat_s", "last_heartbeat_at", "address", "pid", "since_at")
 
 
 def test_what_matters_comes_back() -> None:
     kept = {
         "orchestrator": Memory("flapping", "flapping", troubled=True, deaths_at=(NOW_AT - 20, NOW_AT - 10)),
         "planner": Memory("healthy", heartbeat_s=5.0, last_heartbeat_at=NOW_AT - 1, address="10.0.0.2"),
+        "memory_scheduler": Memory("healthy", pid=7, since_at=NOW_AT - 500),
     }
     rest = {
-        "archiver": Memory("healthy"),
+        "archiver": Memory("healthy", since_at=NOW_AT - 500),
         "old": Memory("down", "silent", heartbeat_s=5.0, last_heartbeat_at=NOW_AT - FORGET_S),
     }
     assert decode(encode({**rest, **kept}, NOW_AT), NOW_AT) == kept

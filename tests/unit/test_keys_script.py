@@ -125,6 +125,16 @@ def test_namespaces_that_nobody_named(make: Keys, role: str, namespaces: tuple[s
     assert make.grants.by_name["x"].namespaces == namespaces
 
 
+@pytest.mark.parametrize("arguments", [("--role", "writer"), ("--namespaces", "home"), ("--list", "--act-for", "ada")])
+def test_a_grant_needs_a_name(make: Keys, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        SCRIPT.main(arguments)
+    said = capsys.readouterr()
+    assert (ended.value.code, said.out) == (2, "")
+    assert "AGENT is missing" in said.err
+    assert not make.folder.exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

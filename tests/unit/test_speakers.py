@@ -82,6 +82,9 @@ def test_heard_is_what_is_allowed_and_what_speaks_for_it() -> None:
     speakers, slots = Speakers(), {10: 0, 11: 1, 12: 2, 13: 3, 14: 4}
     speakers.put(1, 11, 10, slots)
     speakers.put(2, 12, 13, slots)
-    assert speakers.heard(np.array([True, False, False, False, False])).tolist() == [True, True, False, False, False]
+    mask = np.array([True, False, False, False, False])
+    expires = np.array([np.inf, 5.0, np.inf, np.inf, np.inf])
+    assert speakers.heard(mask, expires, 4.0).tolist() == [True, True, False, False, False]
+    assert speakers.heard(mask, expires, 5.0).tolist() == mask.tolist()
     assert speakers.shown(np.array([0, 1, 2, 4])).tolist() == [0, 0, 3, 4]
     assert speakers.into[:5].tolist() == [NONE, 0, 3, NONE, NONE]
