@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import queue
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
@@ -19,15 +18,15 @@ class Connections:
     def __init__(self, connect: Callable[[], sqlite3.Connection], query_s: float) -> None:
         self._connect = connect
         self._query_s = query_s
-        self._idle: queue.LifoQueue[sqlite3.Connection] = queue.LifoQueue()
+        self._idle: list[sqlite3.Connection] = []  # taken and given back by threads: each step of a list is one
         self.closing = False
 
     @contextlib.contextmanager
     def one(self) -> Iterator[sqlite3.Connection]:
         """A connection of one's own. A query that is given up raises sqlite3.OperationalError (SQLITE_INTERRUPT)."""
         try:
-            conn = self._idle.get_nowait()
-        except queue.Empty:
+            conn = self._idle.pop()
+        except IndexError:
             conn = self._connect()
         ends_s = time.monotonic() + self._query_s
         conn.set_progress_handler(lambda: self.closing or time.monotonic() > ends_s, _STEPS)
@@ -37,18 +36,18 @@ class Connections:
             conn.close()  # whatever state it is in, the next search gets a fresh one
             raise
         except BaseException:
-            self._idle.put(conn)
+            self._idle.append(conn)
             raise
-        self._idle.put(conn)
+        self._idle.append(conn)
 
     def warm(self, count: int) -> None:
         """Open so many, with their files: later there may be no file left to open them with."""
         for _ in range(count):
             conn = self._connect()
             conn.execute("SELECT count(*) FROM sqlite_schema").fetchone()
-            self._idle.put(conn)
+            self._idle.append(conn)
 
     def close(self) -> None:
         """Close those that are idle; to be called when no search runs any more."""
-        while not self._idle.empty():
-            self._idle.get_nowait().close()
+        while self._idle:
+            self._idle.pop().close()

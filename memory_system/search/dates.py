@@ -14,6 +14,7 @@ Floats = npt.NDArray[np.float64]
 _NAMES_LISTED: Final = "january february march april may june july august september october november december"
 _MONTHS: Final = tuple(_NAMES_LISTED.split())
 _NAMES: Final = {name[:length]: at for at, name in enumerate(_MONTHS, 1) for length in (3, len(name))} | {"sept": 9}
+_SHORT_NAMES: Final = tuple(name[:3] for name in _MONTHS)
 _NAME: Final = "|".join(sorted(_NAMES, key=len, reverse=True))
 _DAY: Final = r"(?P<day>[0-3]?\d)(?:st|nd|rd|th)?"
 _YEAR: Final = r"(?P<year>(?:19|20)\d\d)"
@@ -49,6 +50,9 @@ class Date:
 
 def dates(text: str) -> tuple[Date, ...]:
     """The dates in a text, each once; a month that stands in a whole date is none of its own."""
+    lowered = text.lower()
+    if "-" not in text and not any(name in lowered for name in _SHORT_NAMES):
+        return ()  # as in most texts
     found: dict[Date, None] = {}
     for form in (*_FORMS, _BARE):
         matches = list(form.finditer(text))
@@ -75,8 +79,10 @@ def nearness(asked: tuple[Date, ...], occurred_at: Floats) -> Floats:
     .3 in the next one. A date without a year is one of any year.
     """
     near = np.zeros(len(occurred_at))
+    if not asked:
+        return near
     known = np.flatnonzero(np.isfinite(occurred_at))
-    if asked and len(known):
+    if len(known):
         days = np.floor(occurred_at[known] / 86_400.0).astype("datetime64[D]")
         near[known] = np.maximum.reduce([_near(date, days) for date in asked])
     return near

@@ -6,22 +6,22 @@ search reads, and what it returns exists, is in scope, and has the content it wa
 
 from __future__ import annotations
 
-import json
 import sqlite3
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.ma  # np.unique imports it when first called, which fails when no file is left to open it
+import numpy.typing as npt
 from threadpoolctl import threadpool_limits
 
 from memory_system.lifecycle_settings import LifecycleSettings
 from memory_system.ranking_settings import RankingSettings
-from memory_system.search import boosting, diversity, feed, gathering, ranking, word_keeping
+from memory_system.search import boosting, diversity, feed, gathering, in_scope, ranking, word_keeping
 from memory_system.search.columns import Columns, Ids, Mask
 from memory_system.search.connections import Connections
 from memory_system.search.highlights import Span, highlights
@@ -107,19 +107,20 @@ class SearchEngine:
         """Search. Raises sqlite3.Error when the database cannot be read."""
         self._index.wait_loaded(_LOADING_S)
         for attempt in range(1, _ATTEMPTS + 1):
-            with self._connections.one() as conn, feed.snapshot(conn):
-                pool = self._candidates(conn, query)
+            with self._connections.one() as conn, feed.snapshot(conn) as target:
+                pool = self._candidates(conn, query, target)
                 importance = self._importances(conn, query, pool)
-                ranked, hits, moved = self._verified(conn, query, pool, importance)
+                ranked, hits, records, moved = self._verified(conn, query, pool, importance)
             if not moved or attempt == _ATTEMPTS:
                 break
-        return SearchOutcome(self._with_neighbours(query, hits), pool.pending, len(ranked.row_ids), pool.reason)
+        hits = self._with_neighbours(query, hits)
+        return SearchOutcome(hits, pool.pending, len(ranked.row_ids), pool.reason, records)
 
     def _verified(
         self, conn: sqlite3.Connection, query: SearchQuery, pool: Pool, importance: ranking.Floats
-    ) -> tuple[ranking.Ranked, list[Hit], bool]:
-        """The ranked pool and its page, all of which is so in the database; and whether what the index had caught up
-        with has changed since.
+    ) -> tuple[ranking.Ranked, list[Hit], in_scope.Records, bool]:
+        """The ranked pool and its page, all of which is so in the database, with the page's records; and whether what
+        the index had caught up with has changed since.
 
         Ranked first: of a pool of hundreds a page shows ten. Only where one of them is not so the whole pool is
         checked, as it is where the order of the others depends on each.
@@ -128,26 +129,28 @@ class SearchEngine:
         if query.offset == 0 and query.diversity == 0.0:
             ranked = self._rank(query, pool, keep, importance)
             hits = page(query, ranked, pool, partial(self._likeness, conn))
-            present = self._digests(conn, query.scope, [hit.row_id for hit in hits]) if hits else {}
-            if all(present.get(hit.row_id) == hit.digest for hit in hits):
-                return ranked, hits, False
+            records = in_scope.records(conn, self._lifecycle, query.scope, hits)
+            if all(hit.row_id in records and records[hit.row_id].content_digest == hit.digest for hit in hits):
+                return ranked, hits, records, False
         row_ids = pool.shown_rows.tolist()
         held = (pool.digests if pool.shown is None else pool.digests[pool.shown]).tolist()
-        present = self._digests(conn, query.scope, row_ids)
+        present = in_scope.digests(conn, self._lifecycle, query.scope, row_ids)
         same = np.fromiter((present.get(row) == one for row, one in zip(row_ids, held, strict=True)), np.bool_)
         moved = pool.current and any(row in present for row, so in zip(row_ids, same.tolist(), strict=True) if not so)
         ranked = self._rank(query, pool, keep & same, importance)
-        return ranked, page(query, ranked, pool, partial(self._likeness, conn)), moved
+        hits = page(query, ranked, pool, partial(self._likeness, conn))
+        return ranked, hits, in_scope.records(conn, self._lifecycle, query.scope, hits), moved
 
     # ---- candidates ----
 
-    def _candidates(self, conn: sqlite3.Connection, query: SearchQuery) -> Pool:
+    def _candidates(self, conn: sqlite3.Connection, query: SearchQuery, target: int) -> Pool:
+        """The pool, of an index that has followed the log up to `target`."""
         # Where the order depends on what else is in the pool, the pages of one search share one pool, and end with it.
         one_pool = query.mode == "hybrid" or bool(query.boost) or query.diversity > 0.0
         depth = query.k if one_pool else query.offset + query.k
         wanted = max(self._settings.candidates, depth)
         vector = None if query.vector is None else unit(query.vector)
-        current, target = self._index.catch_up(conn), feed.last_seq(conn)
+        current = self._index.catch_up(conn, target)
         allowed = self._allowed_ids(conn, query.scope)
         with self._index.reading() as view:
             # It may be another one than that which has caught up.
@@ -230,16 +233,6 @@ class SearchEngine:
         where, params = scope.where(self._lifecycle)
         return [row_id for (row_id,) in conn.execute(f"SELECT m.row_id FROM memories AS m WHERE {where}", params)]
 
-    def _digests(self, conn: sqlite3.Connection, scope: Scope, row_ids: list[int]) -> dict[int, bytes]:
-        """The content digests of those of the rows that are in scope now."""
-        where, params = scope.where(self._lifecycle)
-        # CROSS JOIN: each row by its id, where the planner might rather walk the whole namespace.
-        sql = (
-            "SELECT m.row_id, m.content_digest FROM json_each(?) AS wanted CROSS JOIN memories AS m"
-            f" ON m.row_id = wanted.value WHERE {where}"
-        )
-        return dict(conn.execute(sql, [json.dumps(row_ids), *params]))
-
     def _mask(self, columns: Columns, query: SearchQuery, allowed: list[int] | None) -> Mask:
         mask = columns.mask(query.scope) if allowed is None else None
         if mask is None:
@@ -252,17 +245,23 @@ class SearchEngine:
         return mask
 
     def _rank(self, query: SearchQuery, pool: Pool, keep: Mask, importance: ranking.Floats) -> ranking.Ranked:
-        chosen = slice(None) if keep.all() else keep  # mostly all of them are, and copies cost
+        chosen = None if keep.all() else np.flatnonzero(keep)  # mostly all of them are, and copies cost
+
+        def those(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+            return values if chosen is None else values[chosen]
+
+        near = pool.surroundings
         ranked = ranking.rank(
             query.mode,
-            pool.row_ids[chosen],
-            pool.similarity[chosen],
-            pool.bm25[chosen],
+            those(pool.row_ids),
+            those(pool.similarity),
+            those(pool.bm25),
             self._weights,
-            None if pool.surroundings is None else pool.surroundings.of(chosen),
-            boosting.added(query.boost, query.now_s, pool.happened_at[chosen], importance[chosen]),
+            near if near is None or chosen is None else near.of(chosen),
+            boosting.added(query.boost, query.now_s, those(pool.happened_at), those(importance)),
+            query.explain,
         )
-        return pool.folded(ranked)
+        return pool.folded(ranked if chosen is None else replace(ranked, at=chosen[ranked.at]))
 
     def _importances(self, conn: sqlite3.Connection, query: SearchQuery, pool: Pool) -> ranking.Floats:
         """The importance now of each candidate, 0 where nobody asked for it."""

@@ -24,12 +24,11 @@ Text = tuple[int, bytes, str]
 
 
 @contextmanager
-def snapshot(conn: sqlite3.Connection) -> Iterator[None]:
-    """One read transaction: all statements inside see the same state."""
+def snapshot(conn: sqlite3.Connection) -> Iterator[int]:
+    """One read transaction: all statements inside see the same state, whose `last_seq` it gives."""
     conn.execute("BEGIN")
     try:
-        conn.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone()  # the state is fixed by the first read
-        yield
+        yield last_seq(conn)  # the state is fixed by the first read
     finally:
         conn.rollback()
 

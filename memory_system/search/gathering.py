@@ -20,6 +20,7 @@ from memory_system.search.siblings import NONE, Links
 from memory_system.search.view import View
 
 _REACH: Final = max(AROUND)
+_NONE: Final = np.array([NONE])
 # Neighbours are looked for behind so many in a row that are archived or have expired.
 _FAR: Final = 14
 
@@ -43,11 +44,7 @@ def gather(view: View, query: SearchQuery, words: KeywordQuery, found: Ids, mask
     What one of them speaks for is among them."""
     columns = view.columns
     chains = _chains(columns, query.scope, found, mask)
-    texts, numbers = _numbered(chains)
-    first = int(np.searchsorted(texts, 0))  # behind -1, which stands for none
-    shown = np.append(texts[first:], -1)
-    numbers -= first
-    numbers[numbers < 0] = len(shown) - 1
+    shown, numbers = _numbered(chains)
     members = _members(numbers, shown, mask)
     slots = shown[members]
     at = np.empty(len(shown), np.int64)
@@ -137,16 +134,16 @@ def _next(columns: Columns, scope: Scope, slots: Ids, links: Links, passes: Pass
 
 
 def _numbered(around: Ids) -> tuple[Ids, Ids]:
-    """The distinct slots in order, and for each slot which of them it is. numpy's own `unique` takes twice as long."""
-    flat = around.ravel()
-    order = flat.argsort()
+    """The distinct slots in order and behind them NONE, and for each slot which of these it is. numpy's own `unique`
+    takes twice as long."""
+    flat = np.concatenate((around.ravel(), _NONE)).view(np.uint64)  # it becomes the greatest number
+    order = flat.argsort(kind="stable")  # which profits from what is in order already
     ordered = flat[order]
-    first = np.empty(len(flat), np.bool_)
-    first[:1] = True
+    first = np.ones(len(flat), np.bool_)
     np.not_equal(ordered[1:], ordered[:-1], out=first[1:])
     numbers = np.empty(len(flat), np.int64)
-    numbers[order] = np.cumsum(first) - 1
-    return ordered[first], numbers.reshape(around.shape)
+    numbers[order] = first.cumsum() - 1
+    return ordered[first].view(np.int64), numbers[:-1].reshape(around.shape)
 
 
 def vectors(view: View | None, row_ids: Ids) -> tuple[npt.NDArray[np.float32], Mask]:

@@ -156,9 +156,9 @@ class SearchIndex:
         with self._lock:
             yield self._view
 
-    def catch_up(self, conn: sqlite3.Connection) -> bool:
-        """Follow the log up to the state that the read transaction of `conn` sees, and whether that could be done."""
-        view, target = self._view, feed.last_seq(conn)
+    def catch_up(self, conn: sqlite3.Connection, target: int) -> bool:
+        """Follow the log up to `target`, the last seq that the transaction of `conn` sees; whether it could."""
+        view = self._view
         if view is None:
             return False
         try:
@@ -191,7 +191,7 @@ class SearchIndex:
     def wrong_words(self, conn: sqlite3.Connection, texts: Sequence[feed.Text]) -> list[int]:
         """Those of some rows, read from `conn` just now, whose words are not those of their texts. What the index is
         still to take in is not wrong."""
-        self.catch_up(conn)
+        self.catch_up(conn, feed.last_seq(conn))
         view = self._view
         return [] if view is None or view.lacking else word_keeping.wrong(view, texts, self._lock)
 

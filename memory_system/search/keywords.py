@@ -174,8 +174,8 @@ class WordIndex:
 
 def _by_slot(values: npt.NDArray[Any], slots: Ids) -> npt.NDArray[Any]:
     """The slots' values, 0 for those that have none."""
-    known = (slots >= 0) & (slots < len(values))
-    found: npt.NDArray[Any] = np.where(known, values[np.where(known, slots, 0)], values.dtype.type(0))
+    known = slots.view(np.uint64) < len(values)  # what is negative becomes very great
+    found: npt.NDArray[Any] = values.take(slots, mode="clip") * known
     return found
 
 

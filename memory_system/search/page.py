@@ -48,16 +48,10 @@ class Pool:
         """What is shown, each as well placed as the best that speaks for it."""
         if self.shown is None:
             return ranked
-        at = self.shown[self.places(ranked.row_ids)]
+        at = self.shown[ranked.at]
         best = np.sort(np.unique(at, return_index=True)[1])
-        at, parts = at[best], ranked.of(best).parts
-        return ranking.Ranked(self.row_ids[at], ranked.score[best], self.similarity[at], self.bm25[at], parts)
-
-    def places(self, row_ids: Ids) -> Ids:
-        """Where in the pool the rows are."""
-        order = np.argsort(self.row_ids)
-        at: Ids = order[np.searchsorted(self.row_ids, row_ids, sorter=order)]
-        return at
+        at, chosen = at[best], ranked.of(best)
+        return replace(chosen, row_ids=self.row_ids[at], at=at)
 
 
 def page(
@@ -65,13 +59,12 @@ def page(
 ) -> list[Hit]:
     """The asked-for part of what reaches min_score. `compare` makes the likeness of rows to each other."""
     if query.min_score is not None:
-        at = pool.places(ranked.row_ids)
+        at = ranked.at
         reaches = ranking.reaches(query.mode, pool.similarity[at], pool.share[at], query.min_score)
         ranked = ranked.of(np.flatnonzero(reaches))
     if query.diversity > 0.0 and len(ranked.row_ids) > 1:
         ranked = _diversified(query, ranked, compare)
-    shown = ranked.of(np.arange(len(ranked.row_ids))[query.offset : query.offset + query.k])
-    return [_hit(query, shown, place, pool, at) for place, at in enumerate(pool.places(shown.row_ids).tolist())]
+    return _hits(query, ranked.of(slice(query.offset, query.offset + query.k)), pool)
 
 
 def _diversified(
@@ -84,9 +77,21 @@ def _diversified(
     return replace(chosen, score=value, parts={**chosen.parts, "relevance": relevant[places], "diversity": -off})
 
 
-def _hit(query: SearchQuery, ranked: ranking.Ranked, place: int, pool: Pool, at: int) -> Hit:
-    similarity = None if np.isnan(pool.similarity[at]) else min(1.0, max(-1.0, float(pool.similarity[at])))
-    keyword = None if query.mode == "dense" else float(pool.share[at])
-    parts = {name: float(part[place]) for name, part in ranked.parts.items()} if query.explain else None
-    score = float(ranked.score[place])
-    return Hit(int(pool.row_ids[at]), pool.digests[at].tobytes(), score, similarity, keyword, parts)
+def _hits(query: SearchQuery, shown: ranking.Ranked, pool: Pool) -> list[Hit]:
+    at = shown.at
+    digests = pool.digests[at].tobytes()
+    similarity = [None if cosine != cosine else cosine for cosine in pool.similarity[at].clip(-1.0, 1.0).tolist()]
+    keyword = [None] * len(at) if query.mode == "dense" else pool.share[at].tolist()
+    figures = zip(shown.row_ids.tolist(), shown.score.tolist(), similarity, keyword, strict=True)
+    parts = [(name, part.tolist()) for name, part in shown.parts.items()]
+    return [
+        Hit(
+            row_id,
+            digests[16 * place : 16 * place + 16],
+            score,
+            cosine,
+            share,
+            {name: part[place] for name, part in parts} if query.explain else None,
+        )
+        for place, (row_id, score, cosine, share) in enumerate(figures)
+    ]

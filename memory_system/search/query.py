@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from memory_system.filters import MATCH_ALL, Filter
+from memory_system.models import Memory
 from memory_system.search.boosting import NO_BOOST, Boost
 from memory_system.search.scope import Scope
 from memory_system.search.vectors import Vectors
@@ -65,13 +67,14 @@ class SearchOutcome:
     """`pending`: memories of the namespace without a vector. `candidates`: the size of the pool ranked.
 
     `reason` says why the outcome is `degraded`: index_loading, index_failed, index_behind, no_query_vector,
-    other_model, no_vector.
+    other_model, no_vector. `records`: by row id, the memories of the hits in the state that was searched.
     """
 
     hits: list[Hit]
     pending: int
     candidates: int
     reason: str | None = None
+    records: Mapping[int, Memory] = field(default_factory=dict)
 
     @property
     def degraded(self) -> bool:

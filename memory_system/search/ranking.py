@@ -32,9 +32,11 @@ Flags = npt.NDArray[np.bool_]
 # The rows of `Surroundings.around`, from the second text before a memory to the second one after it.
 AROUND: Final = (-2, -1, 0, 1, 2)
 _BEFORE, _SELF = AROUND.index(-1), AROUND.index(0)
+_BESIDE: Final = (np.array(AROUND) != 0)[:, None]
 _NOTHING: Final[Mapping[str, Floats]] = {}
 # Longer turns say no more about the same thing.
 _LONG_TERMS: Final = 80.0
+_TINY: Final = np.finfo(np.float32).tiny
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,7 @@ class Surroundings:
         texts = self.around[_SELF]
         return self.frequencies[:, texts], self.lengths[texts]
 
-    def of(self, chosen: Flags | slice) -> Surroundings:
+    def of(self, chosen: Flags | Ids) -> Surroundings:
         """That of some of the memories."""
         parents, occurred_at = self.parents[chosen], self.occurred_at[chosen]
         return replace(self, around=self.around[:, chosen], parents=parents, occurred_at=occurred_at)
@@ -69,33 +71,38 @@ class Surroundings:
 
 @dataclass(frozen=True, slots=True)
 class Ranked:
-    """The pool, best first. All arrays have the pool's length; `similarity` is NaN for a row without a vector.
+    """A pool, best first. `at`: where in the pool each stands.
 
-    `parts`: what `explain` shows, by name; those of them that are weighted are as they entered the sum.
+    `parts`: what `explain` shows, by name, where it was asked for; those that are weighted are as they entered the sum.
     """
 
     row_ids: Ids
+    at: Ids
     score: Floats
-    similarity: Floats
-    bm25: Floats
     parts: dict[str, Floats] = field(default_factory=dict)
 
-    def of(self, places: Ids) -> Ranked:
-        """Those at the places, in their order."""
+    def of(self, places: Ids | slice) -> Ranked:
+        """Those at the places of the order, in their order."""
         parts = {name: part[places] for name, part in self.parts.items()}
-        return Ranked(self.row_ids[places], self.score[places], self.similarity[places], self.bm25[places], parts)
+        return Ranked(self.row_ids[places], self.at[places], self.score[places], parts)
 
 
 def scaled(similarity: Floats) -> Floats:
     """Cosines mapped to 0..1 between the pool's least and greatest; a pool of equals gives 1. What has no vector yet
     gives the mean of those that have one, being neither near nor far, and 0 where none has."""
     known = ~np.isnan(similarity)
+    if known.all():
+        return _scaled(similarity) if len(similarity) else np.zeros(0)
     part = np.zeros(len(similarity))
     if known.any():
-        low, high = similarity[known].min(), similarity[known].max()
-        part[known] = (similarity[known] - low) / (high - low) if high > low else 1.0
+        part[known] = _scaled(similarity[known])
         part[~known] = part[known].mean()
     return part
+
+
+def _scaled(similarity: Floats) -> Floats:
+    low, high = similarity.min(), similarity.max()
+    return (similarity - low) / (high - low) if high > low else np.ones(len(similarity))
 
 
 def relative(bm25: Floats) -> Floats:
@@ -112,32 +119,32 @@ def rank(
     settings: RankingSettings,
     surroundings: Surroundings | None = None,
     boosts: Mapping[str, Floats] = _NOTHING,
+    explain: bool = True,
 ) -> Ranked:
     """Order a pool by its mode's score (hybrid | dense | keyword), equal scores by row id.
 
     `bm25` is of each text alone. Without `surroundings` every memory stands for itself. `boosts`: what the caller has
-    added to each score, by name and weighted.
+    added to each score, by name and weighted. `explain`: whether the parts are wanted.
     """
-    dense, keyword = scaled(similarity), relative(bm25)
+    near = surroundings if mode == "hybrid" else None
+    dense, keyword = scaled(similarity), relative(bm25 if near is None else window_bm25(near, settings))
     parts = {"dense": dense, "keyword": keyword, "bm25": bm25}
     if mode == "dense":
         score = np.where(np.isnan(similarity), -1.0, similarity)
     elif mode == "keyword":
         score = keyword
-    elif surroundings is None:
-        score = settings.dense_weight * dense + settings.keyword_weight * keyword
     else:
-        parts["keyword"] = keyword = relative(window_bm25(surroundings, settings))
         score = settings.dense_weight * dense + settings.keyword_weight * keyword
-        added = _added(score, surroundings, settings)
+    if near is not None:
+        added = _added(score, near, settings)
         parts |= added
         score = score + added["parent"] + added["date"] + added["turn"]
     for boost in boosts.values():
         score = score + boost
     parts |= boosts
     order = np.lexsort((row_ids, -score))
-    chosen = {name: part[order] for name, part in parts.items()}
-    return Ranked(row_ids[order], score[order], similarity[order], bm25[order], chosen)
+    chosen = {name: part[order] for name, part in parts.items()} if explain else {}
+    return Ranked(row_ids[order], order, score[order], chosen)
 
 
 def _added(evidence: Floats, near: Surroundings, settings: RankingSettings) -> dict[str, Floats]:
@@ -160,7 +167,7 @@ def window_bm25(near: Surroundings, settings: RankingSettings) -> Floats:
     lengths = weights @ near.lengths.take(texts).reshape(len(weights), count)
     b = settings.length_norm
     norm = settings.saturation * total * (1.0 - b + b * lengths / (max(1.0, near.average_length) * total))
-    score: Floats = near.idf @ (frequencies / np.maximum(frequencies + norm, np.finfo(np.float32).tiny))
+    score: Floats = near.idf @ (frequencies / np.maximum(frequencies + norm, _TINY))
     return score
 
 
@@ -175,24 +182,26 @@ def best_below(parents: Ids, evidence: Floats) -> Floats:
     best = evidence.copy()
     below = np.flatnonzero(parents >= 0)
     if len(below):
-        order = below[np.argsort(parents[below])]
+        order = below[parents[below].argsort()]
         families = parents[order]
-        begins = np.flatnonzero(np.append(True, families[1:] != families[:-1]))
-        sizes = np.diff(begins, append=len(order))
-        best[order] = np.repeat(np.maximum.reduceat(evidence[order], begins), sizes)
+        first = np.ones(len(order), np.bool_)
+        np.not_equal(families[1:], families[:-1], out=first[1:])
+        of_each = np.maximum.reduceat(evidence[order], first.nonzero()[0])
+        best[order] = of_each[first.cumsum() - 1]
     return best
 
 
 def turn(near: Surroundings, settings: RankingSettings) -> Floats:
     """What speaks for a turn of a conversation whatever is asked, centred over the turns of the pool; 0 elsewhere."""
     nothing = len(near.lengths) - 1
-    beside = (near.around != nothing) & (np.array(AROUND) != 0)[:, None]
-    turns = beside.any(axis=0)
-    part = np.zeros(len(turns))
-    part += settings.answer_weight * near.asks[near.around[_BEFORE]]
-    part -= settings.question_weight * near.asks[near.around[_SELF]]
-    part += settings.length_weight * np.sqrt(np.minimum(near.lengths[near.around[_SELF]], _LONG_TERMS) / _LONG_TERMS)
-    return np.where(turns, part - part[turns].mean(), 0.0) if turns.any() else np.zeros(len(turns))
+    turns = ((near.around != nothing) & _BESIDE).any(axis=0)
+    if not turns.any():
+        return np.zeros(len(turns))
+    own = near.around[_SELF]
+    part = settings.answer_weight * near.asks[near.around[_BEFORE]]
+    part -= settings.question_weight * near.asks[own]
+    part += settings.length_weight * np.sqrt(np.minimum(near.lengths[own], _LONG_TERMS) / _LONG_TERMS)
+    return np.where(turns, part - part[turns].sum() / np.count_nonzero(turns), 0.0)
 
 
 def reaches(mode: str, similarity: Floats, keyword: Floats, min_score: float) -> Flags:

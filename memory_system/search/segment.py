@@ -58,9 +58,10 @@ class Segment:
         """Where the terms of these keys stand, for those that occur."""
         if not len(self.keys) or not len(keys):
             return []
-        found = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
-        known = np.flatnonzero(self.keys[found] == keys)
-        begins, ends = self.starts[found[known]], self.starts[found[known] + 1]
+        places = self.keys.searchsorted(keys)
+        known = (self.keys.take(places, mode="clip") == keys).nonzero()[0]
+        places = places[known]
+        begins, ends = self.starts[places], self.starts[places + 1]
         return list(zip(known.tolist(), begins.tolist(), ends.tolist(), strict=True))
 
     def frequencies(

@@ -76,7 +76,7 @@ def highest(scores: npt.NDArray[np.float32], count: int) -> Ids:
             return found
     if count >= len(scores):
         return np.arange(len(scores))
-    return np.sort(np.argpartition(scores, len(scores) - count)[len(scores) - count :])
+    return (scores >= _least(scores, count)).nonzero()[0]
 
 
 def _least(scores: npt.NDArray[np.float32], count: int) -> float:
@@ -159,8 +159,10 @@ class VectorIndex:
 
     def similarities(self, query: Vectors, slots: Ids) -> npt.NDArray[np.float32]:
         """Cosines of the query with the vectors of ascending `slots`, NaN where there is none."""
-        found = np.full(len(slots), np.nan, np.float32)
         held = self._columns.has_vector[slots]
+        if held.all():
+            return self._matrix.products_of(query, slots)
+        found = np.full(len(slots), np.nan, np.float32)
         found[held] = self._matrix.products_of(query, slots[held])
         return found
 

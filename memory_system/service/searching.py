@@ -240,11 +240,15 @@ class SearchingService:
         """Keep what can only change by a commit: nothing pending, nothing degraded, and no commit in between."""
         if key is None or outcome.pending or outcome.degraded or self._commit_seq(query.namespace) != key.commit_seq:
             return
-        await self._results.put(key, msgspec.msgpack.encode(outcome), self._settings.cache.result_ttl_s)
+        # Without the records: a result names memories, and keeps none of their text.
+        kept = msgspec.msgpack.encode(replace(outcome, records={}))
+        await self._results.put(key, kept, self._settings.cache.result_ttl_s)
 
     async def _found(self, call: Call, query: SearchQuery, outcome: SearchOutcome) -> list[Found]:
         """The records of the hits, as far as they are still what was judged."""
-        memories = await self._queries.by_row_ids(call.namespace, [hit.row_id for hit in outcome.hits])
+        memories = outcome.records
+        if outcome.hits and not memories:  # it was kept, without them
+            memories = await self._queries.by_row_ids(call.namespace, [hit.row_id for hit in outcome.hits])
         found = [(hit, memories[hit.row_id]) for hit in outcome.hits if hit.row_id in memories]
         return [(hit, memory) for hit, memory in found if _is_as_judged(hit, memory, query, call.now_s)]
 

@@ -506,6 +506,17 @@ async def test_a_kept_result_is_of_its_own_options(service: Service) -> None:
 
 
 @service_test()
+async def test_a_kept_result_has_no_text(service: Service) -> None:
+    """It names memories; their records are read anew."""
+    await talk(service)
+    with mock.patch.object(service.runtime._caches.results, "put", mock.AsyncMock()) as put:
+        reply = await service.ok("semantic_search", query="third", touch=False)
+    assert "third, the kestrel" in texts(reply)
+    ((_, kept, _), _) = put.await_args
+    assert kept and b"kestrel" not in kept
+
+
+@service_test()
 async def test_a_cursor_belongs_to_its_options(service: Service) -> None:
     for at in range(4):
         await service.add(f"gull {at}")

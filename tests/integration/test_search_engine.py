@@ -216,7 +216,7 @@ def test_a_view_that_was_replaced_meanwhile_is_not_taken_for_current(store: Sear
 class Behind(SearchIndex):
     """An index that cannot follow the log."""
 
-    def catch_up(self, conn: Any) -> bool:
+    def catch_up(self, conn: Any, target: int) -> bool:
         return False
 
 
@@ -234,6 +234,23 @@ def test_a_text_that_the_index_still_has_otherwise_is_not_shown(store: SearchSto
     finally:
         engine.close()
         index.close()
+
+
+@pytest.mark.parametrize("more", [{}, {"offset": 1}, {"diversity": 0.5}])
+def test_the_records_of_the_hits_are_those_that_were_judged(
+    store: SearchStore, start: Start, more: dict[str, Any]
+) -> None:
+    """They are read in the state that was searched, so each has the content that its hit was found by."""
+    rows = [store.add(f"heron {n}", VECTORS[n]) for n in range(4)]
+    store.add("heron", VECTORS[0], namespace="other")
+    _, engine = start()
+    store.update(rows[0], content="an egret among herons")
+    outcome = engine.search(query("heron", VECTORS[0], mode="keyword", **more))
+    assert len(ids(outcome)) == 4 - more.get("offset", 0)
+    assert [*outcome.records] == ids(outcome)
+    for hit in outcome.hits:
+        assert outcome.records[hit.row_id].content_digest == hit.digest
+    assert "an egret among herons" in {record.content for record in outcome.records.values()}
 
 
 def test_deleting_updating_archiving_expiring(store: SearchStore, start: Start) -> None:

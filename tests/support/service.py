@@ -145,8 +145,8 @@ class Service:
     def texts_with(self, word: str, namespace: str = "default") -> int:
         """How many texts the index of words has with a word, in the present state of the database."""
         index = self.runtime._index
-        with contextlib.closing(connect_reader(self.path)) as db, feed.snapshot(db):
-            assert index.catch_up(db)
+        with contextlib.closing(connect_reader(self.path)) as db, feed.snapshot(db) as last_seq:
+            assert index.catch_up(db, last_seq)
         with index.reading() as view:
             assert view is not None
             return int(view.words.prepare(namespace, word).found_in.max(initial=0))

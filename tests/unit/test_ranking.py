@@ -46,7 +46,7 @@ def test_a_row_without_a_vector_still_ranks_by_its_words() -> None:
     assert result.parts["dense"].tolist() == [0.5, 1.0, 0.0]
     result = ranked("hybrid", [0.1, NAN, 0.9], [8.0, 8.0, 8.0])
     assert result.row_ids.tolist() == [3, 2, 1]
-    assert np.isnan(result.similarity[1])
+    assert result.at.tolist() == [2, 1, 0]
 
 
 def test_equal_scores_stand_in_the_order_of_row_ids() -> None:
