@@ -150,6 +150,17 @@ def cut(connection: Connection) -> bool:
     return False
 
 
+def is_open(connection: Connection) -> bool:
+    """Whether ZeroMQ has not closed a connection yet, though it may have ended."""
+    with _borrowed(connection.fd) as sock:
+        if sock is None:
+            return False
+        try:
+            return _peer_of(sock) == connection.peer
+        except OSError:  # ended at both sides
+            return True
+
+
 def _descriptors() -> Iterable[int]:
     try:
         return [int(name) for name in os.listdir(_DESCRIPTORS)]

@@ -32,8 +32,8 @@ class LimitsSettings:
     )
     connection_memory_mb: float = key(
         512.0,
-        "Memory that connections may make a program hold (unfinished or unread messages); beyond, the worst are closed."
-        " 0: no bound.",
+        "Growth of a program's memory beyond which no connection is waited for whose message does not end or that does"
+        " not read; from three quarters on the worst are closed. 0: no bound.",
         unit="MiB",
         span=(0, 1_000_000),
     )

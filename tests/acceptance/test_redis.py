@@ -13,13 +13,15 @@ import pytest
 
 from memory_system.digest import content_digest
 from tests.support.service import Orchestrator, running_orchestrator, wait_until
-from tests.support.valkey import ValkeyServer, running_valkey
+from tests.support.valkey import ValkeyServer, running_valkey, settled
 from tests.support.watchers import watching
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(240)]
 
-# No request may take longer than this, whatever state Redis is in (two noisy cores).
-SLOWEST_S = 10.0
+# No request may take longer than this, whatever state Redis is in. Other work on the machine can hold a request up for
+# longer; that it does so in each of the tries is no accident.
+SLOWEST_S = 2.0
+TRIES = 3
 
 
 @pytest.fixture
@@ -41,20 +43,6 @@ def impatient(tmp_path: Path, redis: ValkeyServer) -> Iterator[Orchestrator]:
     """It waits for Redis no longer than by default."""
     with running_orchestrator(tmp_path, redis__url=redis.url, redis__reset_timeout_s=0.2) as orchestrator:
         yield orchestrator
-
-
-def settled(service: Orchestrator) -> None:
-    """Wait until every memory has its vector and nothing is on its way to Redis."""
-
-    def done() -> bool:
-        # In this order: what is being embedded is on its way to Redis only afterwards.
-        embedded = service.ask("stats")["pending"] == 0
-        health = service.ask("health_check")
-        on_their_way = health["caches"]["redis"]
-        idle = on_their_way["values"] == on_their_way["deletions"] == 0
-        return embedded and idle and health["readiness"]["search_index"] == "ready"
-
-    wait_until(done, "vectors stored and Redis up to date", 60.0)
 
 
 def caches(service: Orchestrator) -> dict[str, Any]:
@@ -187,7 +175,14 @@ def flush(redis: ValkeyServer) -> None:
 def test_no_fault_of_redis_fails_a_request_or_shows_what_is_past(
     impatient: Orchestrator, redis: ValkeyServer, fault: Callable[[ValkeyServer], None]
 ) -> None:
-    service = impatient
+    slowest_s: list[float] = []
+    while len(slowest_s) < TRIES and min(slowest_s, default=SLOWEST_S) >= SLOWEST_S:
+        slowest_s.append(slowest_during(fault, impatient, redis))
+    assert min(slowest_s) < SLOWEST_S, slowest_s
+
+
+def slowest_during(fault: Callable[[ValkeyServer], None], service: Orchestrator, redis: ValkeyServer) -> float:
+    """Seconds that the slowest request took before, during and after a fault; nothing else may be wrong."""
     with watching(service) as watchers:
         wait_until(lambda: all(watcher.rounds > 2 or watcher.problems for watcher in watchers), "work with Redis")
         fault(redis)
@@ -200,10 +195,9 @@ def test_no_fault_of_redis_fails_a_request_or_shows_what_is_past(
             "work after the fault",
         )
     assert [watcher.problems for watcher in watchers] == [[], []]
-    assert max(watcher.slowest_s for watcher in watchers) < SLOWEST_S
-    health = service.ask("health_check")
-    assert health["state"] == "healthy"
+    assert service.ask("health_check")["state"] == "healthy"
     wait_until(lambda: service.ask("health_check")["readiness"]["redis"] == "ready", "Redis is found again")
+    return max(watcher.slowest_s for watcher in watchers)
 
 
 def test_the_service_starts_and_stops_without_redis(tmp_path: Path, redis: ValkeyServer) -> None:

@@ -10,6 +10,7 @@ import json
 import os
 import random
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,12 @@ import zmq
 from memory_client import MemoryClient
 from tests.support import hostile
 from tests.support.agents import Agent, running_agent
+from tests.support.bulk import BulkClient, bulk_clients
 from tests.support.flood import flood
 from tests.support.mesh import tell
 from tests.support.mutations import Mutations, described_requests, send_all
 from tests.support.polite import Polite
-from tests.support.process import PROJECT, free_port, running_orchestrator, wait_until
+from tests.support.process import PROJECT, do_wrong, free_port, running_orchestrator, wait_until
 from tests.support.wire import encode, envelope
 
 SEED = random.SystemRandom().randrange(1, 2**32)
@@ -33,6 +35,10 @@ AGENTS = ("knowledge_base", "session_memory", "context_manager")
 BOUND_MB = 64.0
 # Beside the bound: what one tick of the guard lets through, and what the program itself takes at work.
 OVER_MB = 250.0
+# Honest clients whose requests have more bytes than attackers need; with room for what the program takes to do them.
+BULK_CLIENTS = 3
+BULK_MIB = 6.0
+BULK_BOUND_MB = 384.0
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(180)]
 
@@ -182,6 +188,42 @@ def bulk_load(address: str, number: int) -> None:
             text = " ".join(f"word{number}x{batch}x{each}" for each in range(200))
             client.batch_add_memories([{"content": f"{each} {text}"} for each in range(300)])
             time.sleep(0.2)
+
+
+@pytest.mark.parametrize("part", [b"", b"x" * 1_000_000], ids=["empty parts", "1 MB"])
+def test_bulk_clients_are_not_cut_beside_messages_without_an_end(tmp_path: Path, part: bytes) -> None:
+    with beside_attackers(tmp_path, part) as (clients, attackers):
+        wait_until(lambda: attackers.cut >= 8 or any(each.cut for each in clients), "attackers are cut off", 60)
+        done = [each.done for each in clients]
+        wait_until(
+            lambda: all(each.done > before + 1 or each.cut for each, before in zip(clients, done, strict=True)),
+            "they go on",
+            60,
+        )
+    assert [each.cut for each in clients] == [0] * BULK_CLIENTS
+    assert logged(tmp_path, "connections_cut")
+
+
+def test_bulk_clients_are_cut_by_a_guard_that_goes_by_bytes(tmp_path: Path) -> None:
+    """The control: what they have on its way is more than attackers need."""
+    with beside_attackers(tmp_path, b"", wrong="largest_first") as (clients, _):
+        wait_until(lambda: any(each.cut for each in clients), "an honest one is cut", 90)
+
+
+@contextlib.contextmanager
+def beside_attackers(
+    folder: Path, part: bytes, wrong: str = ""
+) -> Iterator[tuple[list[BulkClient], hostile.Attackers]]:
+    """Clients with large requests, and peers that each send a message without an end."""
+    settings = {"limits__connection_memory_mb": BULK_BOUND_MB, "embedding__provider": "off"}
+    with running_orchestrator(folder, start=False, **settings) as orchestrator:
+        if wrong:
+            do_wrong(orchestrator, wrong)
+        orchestrator.start()
+        with bulk_clients(orchestrator, BULK_CLIENTS, BULK_MIB) as clients:
+            wait_until(lambda: all(each.done for each in clients), "each has sent a request that ended", 60)
+            with hostile.Attackers(orchestrator.port, part, 4) as attackers:
+                yield clients, attackers
 
 
 # -- messages without an end ------------------------------------------------------------------------------------------

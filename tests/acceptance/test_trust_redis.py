@@ -14,7 +14,7 @@ import pytest
 from tests.support.mesh import tell
 from tests.support.poison import POISONS, forge, forged_vectors
 from tests.support.process import Orchestrator, running_orchestrator, wait_until
-from tests.support.valkey import ValkeyServer, running_valkey
+from tests.support.valkey import ValkeyServer, running_valkey, settled
 from tests.support.watchers import watching
 
 SEED = random.SystemRandom().randrange(1, 2**32)
@@ -41,20 +41,6 @@ def service(tmp_path: Path, redis: ValkeyServer) -> Iterator[Orchestrator]:
         orchestrator.ask("batch_add_memories", memories=[{"content": content} for content in CONTENTS])
         settled(orchestrator)
         yield orchestrator
-
-
-def settled(service: Orchestrator) -> None:
-    """Wait until every memory has its vector and nothing is on its way to Redis."""
-
-    def done() -> bool:
-        # In this order: what is being embedded is on its way to Redis only afterwards.
-        embedded = service.ask("stats")["pending"] == 0
-        health = service.ask("health_check")
-        on_their_way = health["caches"]["redis"]
-        ready = health["readiness"]["search_index"] == health["readiness"]["redis"] == "ready"
-        return embedded and ready and on_their_way["values"] == on_their_way["deletions"] == 0
-
-    wait_until(done, "vectors stored and Redis up to date", 60.0)
 
 
 def answers(service: Orchestrator) -> list[list[tuple[str, float]]]:

@@ -21,7 +21,7 @@ def _two_hosts() -> None:
 
 
 def test_a_pulled_cable_is_noticed_and_costs_nothing_but_time(tmp_path: Path) -> None:
-    seen = cable_pulled(tmp_path, clients=CLIENTS, away_s=6.0, watched_s=6.0, embedding__provider="off")
+    seen = cable_pulled(tmp_path, clients=CLIENTS, away_s=6.0, watched_s=5.0, embedding__provider="off")
     print(seen)  # noqa: T201  pytest shows it when the test fails
     # A look at the timers may be late on a busy machine.
     assert HEARTBEAT_S <= seen.noticed_s < DETECTED_S + 15.0

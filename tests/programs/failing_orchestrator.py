@@ -4,6 +4,8 @@ product reads none of these variables.
 FAULT=module:Class.function:before|after|inside:N   SIGKILL at the N-th call of that function, before it begins or when
                                                     it has ended; inside: in the midst of a step of a migration
 WRONG=early_reply                                   replies leave before the commit (a negative control)
+WRONG=largest_first                                 when memory is short, those go who hold the most (another)
+WRONG=leak                                          10 kB are kept for each request, for good (another)
 """
 
 from __future__ import annotations
@@ -23,11 +25,15 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import orchestrator
+from memory_system.connection_judge import Judge
+from memory_system.connections import Connection
+from memory_system.dispatch import Dispatcher
 from memory_system.storage import migrations
 from memory_system.storage.group import Group, GroupRunner
 from memory_system.storage.writer import Writer
 
 EARLY_S = 0.1
+LEAK_BYTES = 10_000
 
 
 def die(*_: object) -> None:
@@ -92,9 +98,37 @@ def reply_early() -> None:
     GroupRunner._finish = finished  # type: ignore[method-assign]
 
 
+def close_the_largest() -> None:
+    """Of those who hold something, close the fewest who hold half of it, however long they have."""
+
+    def largest(_judge: Judge, held: dict[Connection, int], _now_s: float, _share: float) -> list[Connection]:
+        half, chosen = sum(held.values()) / 2, []
+        for each in sorted(held, key=lambda one: held[one], reverse=True):
+            if half <= 0:
+                break
+            half -= held[each]
+            chosen.append(each)
+        return chosen
+
+    Judge._longest = largest  # type: ignore[method-assign]
+
+
+def keep_for_each_request() -> None:
+    kept: list[bytes] = []
+    handle = Dispatcher.handle
+
+    def keeping(dispatcher: Dispatcher, body: bytes, *arguments: Any, **named: Any) -> None:
+        kept.append(bytes(LEAK_BYTES))
+        handle(dispatcher, body, *arguments, **named)
+
+    Dispatcher.handle = keeping  # type: ignore[method-assign]
+
+
+WRONG = {"early_reply": reply_early, "largest_first": close_the_largest, "leak": keep_for_each_request}
+
 if __name__ == "__main__":
-    if os.environ.get("WRONG") == "early_reply":
-        reply_early()
+    if "WRONG" in os.environ:
+        WRONG[os.environ["WRONG"]]()
     if "FAULT" in os.environ:
         arm(os.environ["FAULT"])
     sys.exit(orchestrator.main())

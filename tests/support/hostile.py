@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import select
 import socket
 import struct
 import threading
@@ -58,6 +59,20 @@ def push(sock: socket.socket, block: bytes) -> bool:
     return True
 
 
+def push_some(sock: socket.socket, block: bytes) -> int | None:
+    """Send what goes without waiting for long, and read what comes; None when the other side has closed. Who waits for
+    room to send alone would learn of that only a minute later."""
+    try:
+        readable, writable, _ = select.select([sock], [sock], [], 0.1)
+        if readable and not sock.recv(65_536):
+            return None
+        return sock.send(block) if writable else 0
+    except BlockingIOError:
+        return 0
+    except OSError:
+        return None
+
+
 def endless(part: bytes, block_bytes: int = 1 << 18) -> bytes:
     """A block of parts of a message, none of which is the last."""
     one = frame(part, MORE)
@@ -87,10 +102,14 @@ class Attackers:
     def _run(self) -> None:
         while not self._stop.is_set():
             with contextlib.suppress(OSError), shake_hands(self._port) as sock:
+                sock.setblocking(False)
+                at = 0  # in the block
                 while not self._stop.is_set():
-                    if not push(sock, self._block):
+                    sent = push_some(sock, self._block[at:])
+                    if sent is None:
                         self.cut += 1
                         break
+                    at = (at + sent) % len(self._block)
 
 
 # -- seeded garbage ---------------------------------------------------------------------------------------------------

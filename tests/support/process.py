@@ -193,6 +193,12 @@ class Orchestrator:
             self.process.stderr = None
 
 
+def do_wrong(orchestrator: Orchestrator, wrong: str) -> None:
+    """Have it break a promise from its next start on, see programs/failing_orchestrator.py."""
+    orchestrator.command = [sys.executable, str(PROJECT / "tests" / "programs" / "failing_orchestrator.py")]
+    orchestrator.environ["WRONG"] = wrong
+
+
 @contextlib.contextmanager
 def running_orchestrator(tmp_path: Path, *, start: bool = True, **overrides: Any) -> Iterator[Orchestrator]:
     """An orchestrator process on a free port, stopped at the end; settings are given as section__key=value."""

@@ -1,4 +1,9 @@
-"""A mixed load on a store that does not grow, with faults of the network, and what the service holds meanwhile."""
+"""A mixed load on a store that does not grow, with faults of the network, and what the service holds meanwhile.
+
+What is held for each memory stays the same, as the clients delete what they added; so do the rows that are kept for
+each write (`storage.idempotency_ttl_h`), of which the store would have ever more for a day. The slope goes by the least
+that was held in each `LEAST_OF_S`: what is kept for good raises that too, and what comes and goes does not.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +14,21 @@ from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from memory_client import MemoryClient
 from tests.support.footprint import Footprint, footprint, slope_per_hour, wal_kib
 from tests.support.lossy_proxy import FAULTS, LossyProxy
-from tests.support.process import running_orchestrator
+from tests.support.process import do_wrong, running_orchestrator
 
 CLIENTS = 6
 KEPT = 100
 FAULT_S = 2.0
 # Beside the connections of the clients, which a fault makes anew.
 SLACK = 6
+LEAST_OF_S = 60.0
+# As after a day of the same load: as much is dropped as comes.
+STEADY: Final = {"storage__idempotency_ttl_h": 0.02}
 WORDS = ("heron", "river", "copper", "window", "lantern", "orchard", "saddle", "winter", "harbour", "violin")
 
 
@@ -41,7 +49,18 @@ class Soak:
 
     @property
     def slope_mib_per_hour(self) -> float:
-        return slope_per_hour([(each.at_s, each.held.resident_kib / 1024.0) for each in self.samples])
+        return slope_per_hour(self.least_mib())
+
+    def least_mib(self) -> list[tuple[float, float]]:
+        """When the service held the least memory in each `LEAST_OF_S`, and how much that was; whole ones only, unless
+        there is none."""
+        begin_s = self.samples[0].at_s
+        windows: dict[int, list[Sample]] = {}
+        for each in self.samples:
+            windows.setdefault(int((each.at_s - begin_s) / LEAST_OF_S), []).append(each)
+        whole = [windows[number] for number in sorted(windows)[:-1]] or [self.samples]
+        least = [min(window, key=lambda each: each.held.resident_kib) for window in whole]
+        return [(each.at_s, each.held.resident_kib / 1024.0) for each in least]
 
     def span(self, of: Callable[[Sample], int]) -> tuple[int, int]:
         """Least and most of the settled samples."""
@@ -72,11 +91,24 @@ class Soak:
 
 
 def soak(
-    folder: Path, seed: int, *, warm_up_s: float, lasts_s: float, every_s: float, quiet_s: float, **settings: Any
+    folder: Path,
+    seed: int,
+    *,
+    warm_up_s: float,
+    lasts_s: float,
+    every_s: float,
+    quiet_s: float,
+    wrong: str = "",
+    **settings: Any,
 ) -> Soak:
-    """Run the load for `warm_up_s` and then `lasts_s`, with a sample each `every_s` and a fault each `quiet_s`."""
+    """Run the load for `warm_up_s` and then `lasts_s`, with a sample each `every_s` and a fault each `quiet_s`.
+    `wrong`: what the service is to do wrong, see programs/failing_orchestrator.py."""
     found, ended = Soak(), threading.Event()
-    with running_orchestrator(folder, **{"network__heartbeat_s": 0.5, **settings}) as orchestrator:
+    settings = {"network__heartbeat_s": 0.5, **STEADY, **settings}
+    with running_orchestrator(folder, start=False, **settings) as orchestrator:
+        if wrong:
+            do_wrong(orchestrator, wrong)
+        orchestrator.start()
         with LossyProxy(orchestrator.port, seed) as proxy:
             loads = [
                 threading.Thread(target=_load, args=(proxy.endpoint, n, seed, ended, found)) for n in range(CLIENTS)

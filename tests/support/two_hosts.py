@@ -78,7 +78,7 @@ def _footprints(members: Members) -> list[Footprint]:
 
 
 def _service(hosts: Hosts, folder: Path, port: int, settings: dict[str, Any]) -> subprocess.Popen[str]:
-    """`ip netns exec` becomes the program that it runs, so the process is the service's own."""
+    """`hosts.at_service` becomes the program that it runs, so the process is the service's own."""
     network = {
         "network__bind": hosts.address,
         "network__port": port,

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.process import free_port
+from tests.support.process import Orchestrator, free_port, wait_until
 
 START_TIMEOUT_S = 15.0
 
@@ -130,6 +130,20 @@ def running_valkey(directory: Path, password: str = "") -> Iterator[ValkeyServer
         yield server
     finally:
         server.stop()
+
+
+def settled(service: Orchestrator) -> None:
+    """Wait until every memory has its vector, the index and Redis are there, and nothing is on its way to Redis."""
+
+    def done() -> bool:
+        # In this order: what is being embedded is on its way to Redis only afterwards.
+        embedded = service.ask("stats")["pending"] == 0
+        health = service.ask("health_check")
+        on_their_way = health["caches"]["redis"]
+        ready = health["readiness"]["search_index"] == health["readiness"]["redis"] == "ready"
+        return embedded and ready and on_their_way["values"] == on_their_way["deletions"] == 0
+
+    wait_until(done, "vectors stored and Redis up to date", 60.0)
 
 
 def _binary() -> str:

@@ -18,6 +18,7 @@ EACH_KIB = 40.0
 # A slope of memory means something after this time alone; the project's own figure is for half an hour and more.
 LONG_S = 1_500.0
 SLOPE_MIB_PER_HOUR = 1.0
+LEAK_MIB_PER_HOUR = 500.0  # far above that of caches that fill
 # Caches that are full within the warm-up: what grows after it is no cache that fills.
 FULL_SOON: Final = {"cache__max_vectors": 500, "cache__max_results": 100, "cache__max_records": 500}
 WAL_KIB = 64 * 1024
@@ -60,6 +61,7 @@ def long_soak(run: Run) -> str:
         **FULL_SOON,
     )
     run.say(str(seen))
+    run.say("least MiB by the minute: " + " ".join(f"{mib:.1f}" for _, mib in seen.least_mib()))
     assert seen.outcomes["success"] > 20 * (seen.outcomes.total() - seen.outcomes["success"]), seen.outcomes
     for of in (lambda each: each.held.files, lambda each: each.held.threads):
         assert seen.typical(of, late=True) <= seen.typical(of, late=False) + SLACK, seen
@@ -67,3 +69,13 @@ def long_soak(run: Run) -> str:
     if lasts_s >= LONG_S:
         assert seen.slope_mib_per_hour < SLOPE_MIB_PER_HOUR, seen
     return str(seen)
+
+
+@torture("load", "soak of a service that keeps 10 kB for each request (must be found)", share=0.5)
+def leaking_soak(run: Run) -> str:
+    lasts_s = max(150.0, run.budget_s * 0.8)
+    seen = soak(
+        run.folder, run.seed, warm_up_s=30.0, lasts_s=lasts_s, every_s=0.5, quiet_s=20.0, wrong="leak", **FULL_SOON
+    )
+    assert seen.slope_mib_per_hour > LEAK_MIB_PER_HOUR, seen
+    return f"found out: a slope of {seen.slope_mib_per_hour:+.0f} MiB/h"

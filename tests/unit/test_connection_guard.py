@@ -15,135 +15,279 @@ import pytest
 import zmq
 
 from memory_system import connection_guard, connections
-from memory_system.connection_guard import (
+from memory_system.connection_guard import guarding
+from memory_system.connection_judge import (
+    BEGUN_S,
+    BEYOND_S,
     FORGIVEN_BYTES,
+    MOST_HELD_BYTES,
     PATIENT_S,
     SETTLED_S,
-    STALLED_S,
+    SHORT_S,
     Finding,
     Judge,
-    guarding,
 )
 from memory_system.connections import CURVE_BYTES, Connection, Ledger
 from memory_system.router import Incoming
 
-LIMIT = 64 * 2**20
 MIB = 2**20
+LIMIT = 64 * MIB
+IN_ORDER, SHORT, BEYOND = LIMIT * 5 // 8, LIMIT * 7 // 8, LIMIT + 1
+TICK_S = 0.02
 
 
 def connection(fd: int, received: int = 0, *, acknowledged: int = 0, unsent: int = 0) -> Connection:
     return Connection(fd, f"127.0.0.1:{40_000 + fd}", received, acknowledged, unsent)
 
 
-class Stern(Judge):
-    """Memory has grown beyond the limit."""
+class Scene:
+    """A judge, and what it sees: `held` and `taken` bytes of clients, unread replies, memory that has grown by so much.
+    The program takes what there is to take at once, unless it is `behind`."""
 
-    def look(self, found: list[Connection], now_s: float, grown_bytes: int = LIMIT + 1) -> Finding:
-        return super().look(found, now_s, grown_bytes)
+    def __init__(self, grown_bytes: int) -> None:
+        self.grown_bytes = grown_bytes
+        self.now_s = 0.0
+        self.held: dict[int, int] = {}
+        self.taken: dict[int, int] = {}
+        self.unread: dict[int, int] = {}  # what was read of what waits
+        self.left_s = 0.0
+        self.behind = False
+        self.judge = Judge(LIMIT, lambda each: self.held.get(each.fd, 0), lambda: self.left_s)
+
+    def look(self) -> Finding:
+        if not self.behind:
+            self.left_s = self.now_s
+        fds = self.held.keys() | self.unread.keys()
+        found = [
+            connection(
+                fd,
+                self.held.get(fd, 0) + self.taken.get(fd, 0),
+                acknowledged=self.unread.get(fd, 0),
+                unsent=10 * (fd in self.unread),
+            )
+            for fd in sorted(fds)
+        ]
+        return self.judge.look(found, self.now_s, self.grown_bytes)
+
+    def until(self, seconds_s: float, **each: int) -> Finding:
+        """Look until then, or until somebody is closed or it is settled; `each` names a client, as `c1`, and what more
+        it sends with each tick."""
+        while True:
+            finding = self.look()
+            if finding.offenders or finding.is_settled or self.now_s >= seconds_s:
+                return finding
+            self.now_s += TICK_S
+            for name, count in each.items():
+                self.held[int(name[1:])] += count
+
+    def send(self, fd: int, count: int) -> None:
+        """A message of so many bytes comes and is taken."""
+        self.taken[fd] = self.taken.get(fd, 0) + count
 
 
-def judge() -> Stern:
-    return Stern(LIMIT, lambda each: each.received)
+def fds(finding: Finding) -> list[int]:
+    return [each.fd for each in finding.offenders]
 
 
 # -- who is closed ----------------------------------------------------------------------------------------------------
 
 
-def test_those_who_hold_half_of_it_are_closed_and_no_more() -> None:
-    found = [connection(1, 100), connection(2, 30 * MIB), connection(3, 20 * MIB), connection(4, 5 * MIB)]
-    assert [each.fd for each in judge().look(found, 0.0).offenders] == [2]
-    found[1] = connection(2, 22 * MIB)
-    assert [each.fd for each in judge().look(found, 0.0).offenders] == [2, 3]
+def test_who_took_the_longest_over_a_message_goes_and_not_who_holds_the_most() -> None:
+    """Parts of two bytes become twenty times as many: those who send them hold less than an honest large request."""
+    scene = Scene(IN_ORDER)
+    scene.held = {1: 400_000, 2: 500_000}
+    assert not scene.until(0.3, c1=1000, c2=1000).offenders
+    scene.held[3] = 7 * MIB
+    scene.until(0.4, c1=1000, c2=1000)
+    scene.grown_bytes = SHORT
+    assert fds(scene.look()) == [1, 2]
 
 
-def test_growth_that_no_connection_explains_is_the_programs_own() -> None:
-    finding = judge().look([connection(fd, 8000) for fd in range(20)], 0.0)
-    assert (finding.offenders, finding.is_settled) == ([], True)
+def test_whoever_holds_more_than_a_message_may_have_goes_at_once_and_nobody_else() -> None:
+    scene = Scene(SHORT)
+    scene.held = {1: 8 * MIB, 2: MOST_HELD_BYTES + 1, 3: 2 * MOST_HELD_BYTES, 4: 15 * MIB}
+    assert fds(scene.look()) == [2, 3]
 
 
-def test_small_parts_count_for_what_they_become_in_memory() -> None:
-    assert judge().look([connection(1, 2 * MIB)], 0.0).offenders
+def test_with_the_one_who_took_the_longest_go_those_who_took_nearly_as_long() -> None:
+    scene = Scene(IN_ORDER)
+    for fd, begun_s in ((1, 0.0), (2, 0.2), (3, 0.6)):
+        scene.until(begun_s)
+        scene.held[fd] = 3 * MIB
+    scene.until(1.0)
+    scene.grown_bytes = SHORT
+    assert fds(scene.look()) == [1, 2]
 
 
-def test_who_does_not_read_is_closed_once_that_is_certain() -> None:
-    ours = judge()
-    stalled, slow = connection(1, acknowledged=5, unsent=10), connection(2, acknowledged=5, unsent=10)
-    first = ours.look([stalled, slow], 0.0)
-    assert (first.offenders, first.is_settled) == ([], False)
-    slow = connection(2, acknowledged=6, unsent=10)
-    second = ours.look([stalled, slow], STALLED_S)
-    assert ([each.fd for each in second.offenders], second.is_settled) == ([1], False)
+def test_who_has_only_begun_is_waited_for_until_the_limit_is_passed() -> None:
+    scene = Scene(SHORT)
+    scene.held[1] = 3 * MIB
+    assert not scene.look().offenders
+    scene.grown_bytes = BEYOND
+    assert fds(scene.look()) == [1]
+    scene = Scene(SHORT)
+    scene.held[1] = 3 * MIB
+    assert fds(scene.until(1.0)) == [1]
+    assert scene.now_s == pytest.approx(BEGUN_S, abs=TICK_S)
 
 
-def test_that_some_bytes_always_wait_for_those_who_read_settles_it_all_the_same() -> None:
-    """Else a busy program that has grown for good would look at each of its connections ten times a second."""
-    ours, acknowledged = judge(), 0
-    for tick in range(round(SETTLED_S / 0.1)):
-        acknowledged += 100
-        finding = ours.look([connection(1, acknowledged=acknowledged, unsent=10)], tick * 0.1)
-        assert (finding.offenders, finding.is_settled) == ([], False)
-    acknowledged += 100
-    assert ours.look([connection(1, acknowledged=acknowledged, unsent=10)], SETTLED_S).is_settled
+def test_bulk_clients_whose_messages_end_are_never_closed_whatever_others_do() -> None:
+    """Each has a large request on its way at every look; attackers with far fewer bytes come back again and again."""
+    scene, closed = Scene(IN_ORDER), 0
+    scene.held = dict.fromkeys((1, 2, 3), MIB)
+    for fd in scene.held:
+        scene.send(fd, 7 * MIB)
+    life, begun_s = 100, 0.0
+    for tick in range(500):
+        scene.now_s = tick * TICK_S
+        for fd in (1, 2, 3):
+            scene.held[fd] += 2 * MIB if tick % 4 else 0
+            if (tick + fd) % 4 == 0:
+                scene.send(fd, scene.held[fd])
+                scene.held[fd] = MIB
+        scene.held[life] = scene.held.get(life, 850_000) + 1000
+        scene.grown_bytes = SHORT if scene.now_s - begun_s > 0.3 else IN_ORDER
+        if offenders := fds(scene.look()):
+            assert offenders == [life]
+            closed += 1
+            del scene.held[life]
+            life, begun_s = life + 1, scene.now_s
+    assert closed > 10
 
 
-def test_attackers_who_come_back_again_and_again_never_settle_it() -> None:
-    ours = judge()
-    for tick in range(100):
-        life = tick // 6  # each time under another address
-        attacker = Connection(1, f"10.0.0.{life}:1", 0, 5, 10)
-        finding = ours.look([attacker], tick * 0.1)
-        assert not finding.is_settled
-        assert bool(finding.offenders) == (tick % 6 == 5)
+def test_who_has_sent_messages_that_ended_is_judged_after_strangers() -> None:
+    scene = Scene(SHORT)
+    scene.held = {1: 3 * MIB, 2: 2 * MIB, 3: MIB}
+    scene.send(1, 3 * MIB)
+    scene.send(3, 1000)  # a trifle proves nothing
+    scene.until(0.2)
+    assert fds(scene.until(1.0)) == [2, 3]
+    del scene.held[2], scene.held[3]
+    assert not scene.until(PATIENT_S - 0.1).offenders
+    scene.grown_bytes = BEYOND
+    assert fds(scene.look()) == [1]
 
 
-def test_a_crowd_that_only_says_that_it_lives_is_not_why_memory_has_grown() -> None:
-    """Ten thousand encrypted connections, each with a handshake of 600 bytes and a minute of heartbeats (750)."""
-    ours = judge()
-    finding = ours.look([connection(fd, 1350) for fd in range(10_000)], 0.0)
-    assert (finding.offenders, finding.is_settled) == ([], True)
+def test_while_what_was_cut_is_not_free_yet_those_alone_go_who_hold_more_than_a_message_may_have() -> None:
+    found = [connection(1, 8 * MIB), connection(2, 2 * MOST_HELD_BYTES)]
+    ours = Judge(LIMIT, lambda each: each.received, lambda: 60.0)
+    assert not ours.look(found, 0.0, SHORT, some_are_leaving=True).offenders
+    assert not ours.look(found[:1], 60.0, 2 * LIMIT, some_are_leaving=True).offenders
+    assert fds(ours.look(found, 60.0, BEYOND, some_are_leaving=True)) == [2]
 
 
-def test_a_large_request_on_its_way_is_no_message_without_an_end() -> None:
-    """The program grows under load, and whenever it is looked some of its clients have just sent a large request."""
-    taken = 0
-    now_s = 0.0
-    ours = Judge(LIMIT, lambda each: each.received - taken, lambda: now_s)
-    for tick in range(40):
-        if tick % 9 == 8:  # the next request of both
-            taken += 2 * MIB
-        now_s = tick * 0.1
-        finding = ours.look([connection(fd, taken + 2 * MIB) for fd in (1, 2)], now_s, LIMIT)
-        assert (finding.offenders, finding.is_settled) == ([], now_s >= SETTLED_S)
+def test_far_beyond_the_limit_nobody_is_waited_for() -> None:
+    scene = Scene(BEYOND)
+    scene.held[1] = 3 * MIB
+    scene.send(1, 3 * MIB)
+    assert not scene.until(0.1).offenders
+    scene.grown_bytes = 2 * LIMIT
+    assert fds(scene.look()) == [1]
 
 
-def test_a_program_that_is_behind_suspects_nobody_and_settles_nothing() -> None:
-    """It has requests before it that are whole; beyond the limit it does not matter."""
-    left_s = 0.5
-    ours = Judge(LIMIT, lambda each: each.received, lambda: left_s)
-    for tick in range(50):
-        finding = ours.look([connection(1, 2 * MIB)], tick * 0.1, LIMIT)
-        assert (finding.offenders, finding.is_settled) == ([], False)
-    assert ours.look([connection(1, 2 * MIB)], 5.0, LIMIT + 1).offenders
-    left_s = 5.1
-    assert ours.look([connection(1, 2 * MIB)], 5.1, LIMIT).offenders
+def test_a_request_that_was_sent_and_is_not_taken_yet_grows_no_older_by_that() -> None:
+    """A program that is behind knows of nobody's message whether it has ended; but who has sent it sends no more."""
+    scene = Scene(IN_ORDER)
+    scene.behind = True
+    scene.held = {1: 8 * MIB, 2: 100_000}
+    scene.until(0.1, c1=10_000, c2=10_000)
+    scene.until(1.0, c2=10_000)
+    scene.grown_bytes = SHORT
+    assert fds(scene.look()) == [2]
+
+
+def test_a_large_request_over_a_slow_line_is_waited_for_while_memory_is_not_short() -> None:
+    """The program grows by what it stores: nobody has to go for that."""
+    scene = Scene(IN_ORDER)
+    scene.held[1] = MIB
+    finding = scene.until(PATIENT_S - 0.1, c1=20_000)
+    assert (finding.offenders, finding.is_settled) == ([], False)
+    scene.send(1, scene.held.pop(1))
+    assert scene.until(PATIENT_S + 0.1).is_settled
 
 
 def test_one_who_does_not_go_on_is_closed_below_the_limit_too() -> None:
     """Else it would be taken for what the program itself has grown by, and begin anew."""
-    now_s = 0.0
-    ours = Judge(LIMIT, lambda each: each.received - 5000, lambda: now_s)
-    for tick in range(10):
-        now_s = tick * 0.1
-        finding = ours.look([connection(1, (2 + tick) * MIB)], now_s, LIMIT)
-        assert (finding.offenders, finding.is_settled) == ([], False)
-    now_s = PATIENT_S
-    assert [each.fd for each in ours.look([connection(1, 12 * MIB)], now_s, LIMIT).offenders] == [1]
+    scene = Scene(IN_ORDER)
+    scene.held[1] = 2 * MIB
+    assert fds(scene.until(60.0)) == [1]
+    assert scene.now_s == pytest.approx(PATIENT_S, abs=TICK_S)
 
 
-def test_beyond_the_limit_nobody_has_patience() -> None:
-    ours = Judge(LIMIT, lambda each: each.received - 5000, lambda: 0.0)
-    assert not ours.look([connection(1, 2 * MIB)], 0.0, LIMIT).offenders
-    assert ours.look([connection(1, 2 * MIB)], 0.1, LIMIT + 1).offenders
+def test_growth_that_no_connection_explains_is_the_programs_own() -> None:
+    scene = Scene(BEYOND)
+    scene.held = dict.fromkeys(range(20), 8000)
+    finding = scene.look()
+    assert (finding.offenders, finding.is_settled) == ([], True)
+
+
+@pytest.mark.parametrize(("grown", "after_s"), [(IN_ORDER, PATIENT_S), (SHORT, SHORT_S), (BEYOND, BEYOND_S)])
+def test_who_does_not_read_is_closed_once_that_is_certain(grown: int, after_s: float) -> None:
+    scene = Scene(grown)
+    scene.unread = {1: 5, 2: 5}
+    while not (finding := scene.look()).offenders:
+        assert not finding.is_settled
+        scene.now_s += TICK_S
+        scene.unread[2] += 1
+    assert fds(finding) == [1]
+    assert scene.now_s == pytest.approx(after_s, abs=TICK_S)
+
+
+def test_that_some_bytes_always_wait_for_those_who_read_settles_it_all_the_same() -> None:
+    """Else a busy program that has grown for good would look at each of its connections again and again."""
+    scene = Scene(BEYOND)
+    scene.unread[1] = 0
+    while not (finding := scene.look()).is_settled:
+        assert not finding.offenders
+        scene.now_s += TICK_S
+        scene.unread[1] += 1
+    assert scene.now_s == pytest.approx(SETTLED_S, abs=TICK_S)
+
+
+def test_that_large_requests_are_always_on_their_way_settles_it_all_the_same() -> None:
+    scene = Scene(IN_ORDER)
+    for tick in range(200):
+        scene.now_s = tick * TICK_S
+        for fd in (1, 2):
+            if tick % 9 == 8:
+                scene.send(fd, 2 * MIB)
+            scene.held[fd] = 2 * MIB
+        finding = scene.look()
+        assert not finding.offenders
+        if finding.is_settled:
+            break
+    assert scene.now_s == pytest.approx(SETTLED_S, abs=TICK_S)
+
+
+def test_attackers_who_come_back_again_and_again_never_settle_it() -> None:
+    scene = Scene(BEYOND)
+    closed = 0
+    for tick in range(500):
+        scene.now_s = tick * TICK_S
+        scene.unread = {tick // 26: 5}  # each time another
+        finding = scene.look()
+        assert not finding.is_settled
+        closed += len(finding.offenders)
+    assert closed > 15
+
+
+def test_a_crowd_that_only_says_that_it_lives_is_not_why_memory_has_grown() -> None:
+    """Ten thousand encrypted connections, each with a handshake of 600 bytes and a minute of heartbeats (750)."""
+    scene = Scene(BEYOND)
+    scene.held = dict.fromkeys(range(10_000), 1350)
+    finding = scene.look()
+    assert (finding.offenders, finding.is_settled) == ([], True)
+
+
+def test_a_program_that_is_behind_settles_nothing() -> None:
+    """It has requests before it that are whole, and cannot tell them from others."""
+    scene = Scene(IN_ORDER)
+    scene.behind = True
+    scene.held[1] = 2 * MIB
+    finding = scene.until(2 * PATIENT_S)
+    assert (finding.offenders, finding.is_settled) == ([], False)
+    scene.behind = False
+    assert fds(scene.look()) == [1]
 
 
 def test_without_proc_a_program_runs_unguarded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,10 +304,13 @@ def test_without_proc_a_program_runs_unguarded(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_trifle_that_was_there_before_does_not_count() -> None:
     """Heartbeats are received and never taken: 2 KiB in a minute are forgotten, a message's beginning is not."""
-    ours = Stern(MIB, lambda each: each.received)
+    ours = Judge(MIB, lambda each: each.received)
     for minute in range(20):
         ours.forgive([connection(1, FORGIVEN_BYTES * (minute + 1)), connection(2, 50_000 * (minute + 1))])
-    assert [each.fd for each in ours.look([connection(1, 80_000), connection(2, 10**6)], 0.0).offenders] == [2]
+    found = [connection(1, 80_000), connection(2, 10**6)]
+    assert fds(ours.look([each for each in found if each.fd == 1], 0.0, MIB + 1)) == [1]
+    ours.calm()
+    assert fds(ours.look([connection(1, FORGIVEN_BYTES * 20), found[1]], 0.0, MIB + 1)) == [2]
 
 
 def test_where_files_run_out_it_does_little_else_than_serve(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,8 +432,11 @@ def test_connections_that_came_are_seen_and_can_be_cut() -> None:
             assert [(each.received, each.unsent) for each in ours] == [(100, 0)]
             assert client.fileno() not in [each.fd for each in connections.accepted()]
             assert not connections.cut(Connection(side.fileno(), "127.0.0.1:1", 0, 0, 0))
+            assert connections.is_open(ours[0])
             assert connections.cut(ours[0])
             assert client.recv(10) == b""
+            assert connections.is_open(ours[0])
+        assert not connections.is_open(ours[0])
 
 
 @pytest.mark.skipif(not connections.IS_KNOWN, reason="only Linux tells")

@@ -47,6 +47,7 @@ LAYERS = (
     ),
     (
         "connections",
+        "connection_judge",
         "connection_guard",
         "security",
         "router",
