@@ -79,13 +79,13 @@ def recall(mesh: Mesh, conversation: locomo.Conversation, method: str) -> float:
     return sum(found) / len(found)
 
 
-def test_the_evidence_is_in_the_context_and_the_full_method_is_best(
-    mesh: Mesh, conversation: locomo.Conversation
-) -> None:
+def test_the_evidence_is_in_the_context(mesh: Mesh, conversation: locomo.Conversation) -> None:
+    """How the methods compare is for bench/context.py and a thousand questions: here one turn is three hundredths, and
+    what other tests have read and added moves some of them."""
     figures = {method: recall(mesh, conversation, method) for method in ("dense", "hybrid", "full")}
     tell(f"recall of evidence in {BUDGET} tokens: {figures}")
-    assert figures["full"] >= max(figures["dense"], figures["hybrid"])
-    assert figures["full"] >= 0.6
+    assert figures["full"] >= figures["dense"] + 0.1
+    assert min(figures["full"], figures["hybrid"]) >= 0.7
 
 
 def test_it_tells_the_story_in_its_order(mesh: Mesh, conversation: locomo.Conversation) -> None:

@@ -88,9 +88,11 @@ async def test_a_repeated_search_sees_what_was_written_between(service: Service,
 
 
 @service_test()
-async def test_a_hit_that_changed_since_it_was_judged_is_not_returned(service: Service) -> None:
+async def test_a_kept_hit_that_changed_since_it_was_judged_is_not_returned(service: Service) -> None:
     memory_id = await service.add("a lute")
     await service.settled()
+    found = await service.ok("semantic_search", query="lute", mode="keyword")
+    assert [memory["memory_id"] for memory in found["results"]] == [memory_id]
     queries = service.runtime._queries
     by_row_ids = queries.by_row_ids
     changed = []

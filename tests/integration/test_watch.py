@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -114,7 +115,13 @@ class Host:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        wait_until(self.socket.exists, "supervisord listens")
+        wait_until(self._listens, "supervisord listens")
+
+    def _listens(self) -> bool:
+        with socket.socket(socket.AF_UNIX) as client, contextlib.suppress(OSError):
+            client.connect(str(self.socket))
+            return True
+        return False
 
     def tell(self, name: str, mode: str) -> None:
         path = self.folder / f"{name}.mode"

@@ -46,7 +46,7 @@ def test_a_reader_that_has_gone_changes_nothing(tmp_path: Path, command: tuple[s
 
 def test_the_log_files_are_followed_until_their_reader_goes(tmp_path: Path) -> None:
     (tmp_path / "program.log").write_text("a line\n")
-    make = ["make", "logs", "SERVICE=", f"PY={sys.executable}"]
+    make = ["make", "--no-print-directory", "logs", "SERVICE=", f"PY={sys.executable}"]
     environ = {**os.environ, "MEMORY__LOG__DIR": str(tmp_path), "MEMORY_RUN_DIR": str(tmp_path / "run")}
     with subprocess.Popen(
         make, cwd=PROJECT, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
