@@ -13,6 +13,7 @@ import gc
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Final
 
 from memory_system import log
@@ -20,10 +21,10 @@ from memory_system.errors import AccessDenied, ShuttingDown
 from memory_system.program import ends, listen_address, run_program
 from memory_system.request_server import RequestServer
 from memory_system.router import Sender
-from memory_system.runtime import Runtime
 from memory_system.security import Gate
 from memory_system.security.guard import Asked
 from memory_system.settings import Settings
+from memory_system.storage.first_look import FirstLook
 
 logger = log.get_logger("orchestrator")
 
@@ -34,12 +35,15 @@ YOUNG_OBJECTS: Final = 20_000
 class Orchestrator:
     """Joins the socket to the parts behind it, and ends both in the right order."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, look: FirstLook | None = None) -> None:
+        # Most of a start is this import: meanwhile the store is looked at.
+        from memory_system.runtime import Runtime
+
         self.settings = settings
         self._end = asyncio.Event()
         self._fatal: Exception | None = None
         self.gate = Gate.of(settings)
-        self.runtime = Runtime(settings, on_fatal=self._on_fatal, health=self._health, keys=self.gate)
+        self.runtime = Runtime(settings, on_fatal=self._on_fatal, health=self._health, keys=self.gate, look=look)
         self.server = RequestServer(
             listen_address(settings.network.bind, settings.network.port),
             settings,
@@ -106,7 +110,7 @@ class Orchestrator:
 
 
 async def serve(settings: Settings) -> int:
-    return await Orchestrator(settings).run()
+    return await Orchestrator(settings, FirstLook(Path(settings.storage.path))).run()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

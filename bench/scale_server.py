@@ -8,23 +8,23 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from synthetic import SyntheticEmbedder
-
 import orchestrator
-from memory_system import runtime
-from memory_system.embedding import Embedder
-from memory_system.settings import EmbeddingSettings
+from memory_system.settings import Settings
+from memory_system.storage.first_look import FirstLook
 
 
-def main() -> int:
-    sessions = int(sys.argv[1])
+class Synthetic(orchestrator.Orchestrator):
+    """Imports what it needs when the orchestrator itself does."""
 
-    def make_embedder(_: EmbeddingSettings) -> Embedder:
-        return SyntheticEmbedder(sessions)
+    def __init__(self, settings: Settings, look: FirstLook | None = None) -> None:
+        from synthetic import SyntheticEmbedder
 
-    vars(runtime)["make_embedder"] = make_embedder
-    return orchestrator.main([])
+        from memory_system import runtime
+
+        vars(runtime)["make_embedder"] = lambda _: SyntheticEmbedder(int(sys.argv[1]))
+        super().__init__(settings, look)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    vars(orchestrator)["Orchestrator"] = Synthetic
+    sys.exit(orchestrator.main([]))

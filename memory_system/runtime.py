@@ -33,7 +33,8 @@ from memory_system.service.writing import WritingService
 from memory_system.settings import Settings
 from memory_system.storage import mark, rebase, usage, vectors
 from memory_system.storage.context import Changes
-from memory_system.storage.database import connect_reader, lock_store, open_store, store_epoch
+from memory_system.storage.database import connect_reader, open_store, store_epoch
+from memory_system.storage.first_look import FirstLook
 from memory_system.storage.jobs import WriteJob
 from memory_system.storage.queries import Queries
 from memory_system.storage.readers import Readers
@@ -53,9 +54,10 @@ _QUICK_START_S: Final = 1.0
 _Opened = tuple[sqlite3.Connection, mark.Unmarked]
 
 
-def _brought_up(path: Path, settings: Settings, stopped: Callable[[], bool]) -> _Opened:
+def _brought_up(look: FirstLook, path: Path, settings: Settings, stopped: Callable[[], bool]) -> _Opened:
     """A store of this schema and these settings, opened for writing; in a thread, as either may take long."""
-    db = open_store(path, settings.storage.synchronous)
+    look.result()
+    db = open_store(path, settings.storage.synchronous, looked_at=True)
     try:
         rebase.bring_up(db, settings.lifecycle, time.time(), stopped=stopped)
         usage.bring_up(db, Quota.of(settings.limits))
@@ -79,12 +81,14 @@ class Runtime:
         on_fatal: Callable[[Exception], None],
         health: Callable[[], Mapping[str, Any]],
         keys: Keys | None = None,
+        look: FirstLook | None = None,
     ) -> None:
         self._settings = settings
         self._on_fatal = on_fatal
         self._health = health
         self._keys = keys
         self._path = Path(settings.storage.path)
+        self._look = look
         self._closers: list[Callable[[], Any]] = []
 
     async def start(self, stopped: Callable[[], bool] = lambda: False) -> None:
@@ -145,8 +149,9 @@ class Runtime:
         self._reporting.start(lambda: self._heartbeat())
 
     async def _open_store(self, stopped: Callable[[], bool]) -> None:
-        self._closers.append(lock_store(self._path).release)
-        opening = asyncio.ensure_future(asyncio.to_thread(_brought_up, self._path, self._settings, stopped))
+        look = self._look or FirstLook(self._path)
+        self._closers.append(look.close)
+        opening = asyncio.ensure_future(asyncio.to_thread(_brought_up, look, self._path, self._settings, stopped))
         if not (await asyncio.wait({opening}, timeout=_QUICK_START_S))[0]:
             self._begin_heartbeats()
         db, keeper = await opening
@@ -179,6 +184,7 @@ class Runtime:
             settings.search,
             self._path,
             connect,
+            expects_model=settings.embedding.provider != "off",
             on_missing=partial(self._soon, self._embedding.add),
             on_backfill=partial(self._soon, self._embedding.backfill),
             on_advance=partial(self._soon, self._on_advance),
@@ -277,9 +283,8 @@ class Runtime:
             records.invalidate(gone.namespace, gone.memory_id)
         for namespace, memory_id in changes.stale:
             records.invalidate(namespace, memory_id)
-        few = len(changes.written) <= _CACHED_AT_ONCE
         for memory in changes.written:
-            if few:
+            if len(changes.written) <= _CACHED_AT_ONCE:
                 records.put(memory)
             else:
                 records.refresh(memory)
@@ -296,8 +301,7 @@ class Runtime:
         gone = [memory.row_id for memory in changes.removed if memory.row_id not in kept]
         self._embedding.discard(gone)
         self._own_writes.discard(changes.caller, gone)
-        digests = [memory.content_digest for memory in changes.removed]
-        self._caches.vectors.delete_many(digests)
+        self._caches.vectors.delete_many([memory.content_digest for memory in changes.removed])
 
     def _on_advance(self, _seq: int) -> None:
         self._own_writes.advanced()

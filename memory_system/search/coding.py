@@ -24,6 +24,14 @@ def _key(value: Any) -> str | tuple[str]:
     return value if isinstance(value, str) else (json.dumps(value, sort_keys=True),)
 
 
+def take_apart(coded: Sequence[str]) -> tuple[list[tuple[Any, ...]], list[int], npt.NDArray[np.int64]]:
+    """JSON arrays of the values of many rows, mostly the same ones again: the values of each of the different arrays,
+    by column, how many rows have them, and which of them each row has."""
+    numbers = {text: number for number, text in enumerate(dict.fromkeys(coded))}
+    at = np.fromiter(map(numbers.__getitem__, coded), np.int64, len(coded))
+    return list(zip(*json.loads(f"[{','.join(numbers)}]"), strict=True)), np.bincount(at).tolist(), at
+
+
 class Coding:
     """Values of one column to small integers. A code is free again when no row has its value."""
 
@@ -57,14 +65,14 @@ class Coding:
         self._uses[code] += rows
         return code
 
-    def take_each(self, values: Sequence[Any]) -> Codes:
-        """The codes of the values of many more rows."""
+    def take_each(self, values: Sequence[Any], rows: Sequence[int] | None = None) -> Codes:
+        """The codes of the values of many more rows; `rows`: how many of them have each value, one if not told."""
         keys = [value if value.__class__ is str else _key(value) for value in values]
         numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
         at = np.array(list(map(numbers.__getitem__, keys)), np.int64)
-        rows = np.bincount(at, minlength=len(numbers)).tolist()
+        uses = np.bincount(at, rows, len(numbers)).astype(np.int64).tolist()
         distinct = (key if isinstance(key, str) else json.loads(key[0]) for key in numbers)
-        codes = [self.take(value, count) for value, count in zip(distinct, rows, strict=True)]
+        codes = [self.take(value, count) for value, count in zip(distinct, uses, strict=True)]
         return np.array(codes, np.int32)[at]
 
     def give_back(self, code: int) -> None:

@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from memory_system.filters import And, Condition, Filter, Not, conditions, dig, parse_path
-from memory_system.search.coding import Codes, Coding
+from memory_system.search.coding import Codes, Coding, take_apart
 from memory_system.search.masks import KeptMasks, Where
-from memory_system.search.rows import Row, Rows
+from memory_system.search.rows import CODED, Row, Rows
 from memory_system.search.scope import Scope
 from memory_system.search.siblings import NONE, Siblings
 from memory_system.search.speakers import Speakers
@@ -22,7 +22,6 @@ from memory_system.search.speakers import Speakers
 Mask = npt.NDArray[np.bool_]
 Ids = npt.NDArray[np.int64]
 
-CODED_FIELDS: Final = ("memory_type", "memory_tier", "state", "parent_id", "session_id", "user_id")
 _ORDER: Final = {"gt": np.greater, "gte": np.greater_equal, "lt": np.less, "lte": np.less_equal}
 _START: Final = 1024
 
@@ -32,7 +31,7 @@ class Columns:
 
     def __init__(self, metadata_keys: Sequence[str] = ()) -> None:
         self._paths = {path for key in metadata_keys if (path := parse_path(key)) is not None}
-        names: list[str | tuple[str, ...]] = ["namespace", *CODED_FIELDS, *self._paths]
+        names: list[str | tuple[str, ...]] = [*CODED, *self._paths]
         self._codings: dict[str | tuple[str, ...], Coding] = {name: Coding() for name in names}
         self._codes: dict[str | tuple[str, ...], Codes] = {name: np.zeros(_START, np.int32) for name in names}
         self.row_ids: Ids = np.zeros(_START, np.int64)
@@ -130,8 +129,7 @@ class Columns:
                 self.siblings.add(slot, self._family(slot), happened_at, row.row_id)
 
     def extend(self, rows: Rows) -> Ids:
-        """Insert many rows, none of which is held, into columns from which none was ever removed; their slots, in
-        order. `settle` is to follow before anything is asked."""
+        """Insert many rows that are not held, where none was ever removed; their slots. `settle` is to follow."""
         first, count = self._top, len(rows.row_id)
         while first + count > len(self.row_ids):
             self._grow()
@@ -142,10 +140,12 @@ class Columns:
         self.expires[new] = [np.inf if time_s is None else time_s for time_s in rows.expires_at]
         self._expiring += int(np.count_nonzero(np.isfinite(self.expires[new])))
         self.occurred_at[new] = occurred_at = np.array(rows.occurred_at, np.float64)  # None becomes NaN
-        self.happened_at[new] = np.where(np.isnan(occurred_at), np.array(rows.created_at, np.float64), occurred_at)
-        for name, coding in self._codings.items():
-            values = [dig(one, name) for one in rows.metadata] if isinstance(name, tuple) else getattr(rows, name)
-            self._codes[name][new] = coding.take_each(values)
+        self.happened_at[new] = np.where(np.isnan(occurred_at), rows.created_at, occurred_at)
+        each, counts, at = take_apart(rows.coded)
+        for field, values in zip(CODED, each, strict=True):
+            self._codes[field][new] = self._codings[field].take_each(values, counts)[at]
+        for path in self._paths:
+            self._codes[path][new] = self._codings[path].take_each([dig(one, path) for one in rows.metadata])
         self._alive[new] = True
         self._slots.update(zip(rows.row_id, range(first, self._top), strict=True))
         slots = np.arange(first, self._top)
@@ -257,10 +257,9 @@ class Columns:
         return slot
 
     def _grow(self) -> None:
-        self.row_ids, self.digests = _doubled(self.row_ids), _doubled(self.digests)
+        self.row_ids, self.digests, self.happened_at = map(_doubled, (self.row_ids, self.digests, self.happened_at))
         self.has_vector, self._alive = _doubled(self.has_vector), _doubled(self._alive)
         self.expires, self.occurred_at = _doubled(self.expires), _doubled(self.occurred_at)
-        self.happened_at = _doubled(self.happened_at)
         self._codes = {name: _doubled(codes) for name, codes in self._codes.items()}
         self.siblings.reserve(len(self.row_ids))
         self.speakers.reserve(len(self.row_ids))

@@ -21,7 +21,7 @@ from memory_system.search import feed, graph_file, loading, word_keeping
 from memory_system.search.following import LogGap, follow
 from memory_system.search.news import News, Saves
 from memory_system.search.tokens import Tokenizer
-from memory_system.search.view import View, forget_vectors, has_vector
+from memory_system.search.view import View, forget_vectors, has_vector, model_of
 from memory_system.settings import SearchSettings
 
 log = get_logger(__name__)
@@ -51,6 +51,8 @@ class SearchIndex:
 
     `on_missing(row_ids)`: new or changed rows that have no vector yet; `on_backfill(row_ids)`: those found by a load,
     newest first; `on_advance(seq)`: every change up to `seq` can be searched.
+
+    `expects_model`: `set_model` is to be called, mostly with the model that made the newest vector: its are loaded.
     """
 
     def __init__(
@@ -59,12 +61,13 @@ class SearchIndex:
         database_path: Path | str,
         connect: Callable[[], sqlite3.Connection],
         *,
+        expects_model: bool = False,
         on_missing: Callable[[list[int]], None] = _ignore,
         on_backfill: Callable[[list[int]], None] = _ignore,
         on_advance: Callable[[int], None] = _ignore,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._settings = settings
+        self._settings, self._expects_model = settings, expects_model
         self._folder = Path(f"{database_path}.index")
         self._connect = connect
         self._on_backfill = on_backfill
@@ -142,11 +145,9 @@ class SearchIndex:
     def set_model(self, model_id: str, dimension: int) -> None:
         """The model whose vectors count from now on. Vectors of another one are dropped at once."""
         with self._lock:
-            if self._model == (model_id, dimension):
-                return
             self._model = (model_id, dimension)
-            self._state = "loading"
-            if self._view is not None:
+            if self._view is not None and not self._is_current(self._view):
+                self._state = "loading"
                 forget_vectors(self._view)
         self._wake.set()
 
@@ -248,21 +249,21 @@ class SearchIndex:
             conn.close()
 
     def _is_current(self, view: View) -> bool:
-        model = (view.model_id, view.vectors.dimension) if view.vectors and view.model_id else None
-        return model == self._model
+        return self._model in (None, model_of(view))
 
     def _load(self, conn: sqlite3.Connection) -> View:
-        started_s, model = self._clock(), self._model
-        view = loading.read(conn, self._settings, self.tokenizer, model, self._closing.is_set)
+        started_s = self._clock()
+        model = self._model or (feed.written_with(conn) if self._expects_model else None)
+        view = loading.read(self._connect, self._settings, self.tokenizer, model, self._closing.is_set)
         loading.take_over(conn, view, self._view, self._applying, self._folder, self._settings)
         with self._lock:
-            if self._model != model:
+            if self._model not in (None, model):
                 return view  # it came to be known meanwhile: the caller sees that, and loads anew
             self._view = view
             self._loaded.set()
         self._state = "ready"
-        taken_s = round(self._clock() - started_s, 3)
-        log.info("search_index_ready", rows=len(view.columns), seq=view.seq, seconds=taken_s)
+        seconds = round(self._clock() - started_s, 3)
+        log.info("search_index_ready", rows=len(view.columns), seq=view.seq, seconds=seconds)
         if view.vectors is not None and (missing := view.columns.missing()):
             self._on_backfill(missing)
         self._news.tell(view.seq, anew=True)
@@ -293,6 +294,5 @@ class SearchIndex:
     def _save(self, view: View) -> None:
         self._snapshot_at_s = self._clock()
         waiting = len(self._saves)
-        saved = graph_file.save(self._folder, view, self._settings)
-        saved = word_keeping.save(self._folder, view, self._lock) or saved
-        self._saves.answer(waiting, saved)
+        saved = [graph_file.save(self._folder, view, self._settings), word_keeping.save(self._folder, view, self._lock)]
+        self._saves.answer(waiting, any(saved))

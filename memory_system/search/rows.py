@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+CODED: Final = ("namespace", "memory_type", "memory_tier", "state", "parent_id", "session_id", "user_id")
+"""The fields of Row that are texts, few or many of them different"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,19 +38,24 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Many rows, a list for each field of Row."""
+    """Many rows, a list for each field of Row; but those of CODED are one, of JSON arrays: mostly rows have the same
+    values as others, and then one string stands for them."""
 
     row_id: Sequence[int]
-    namespace: Sequence[str]
-    memory_type: Sequence[str]
-    memory_tier: Sequence[str]
-    state: Sequence[str]
+    coded: Sequence[str]
     expires_at: Sequence[float | None]
-    parent_id: Sequence[str | None]
-    session_id: Sequence[str | None]
-    user_id: Sequence[str | None]
     digest: Sequence[bytes]
-    metadata: Sequence[dict[str, Any] | None]
     occurred_at: Sequence[float | None]
     created_at: Sequence[float]
     merged_into: Sequence[int | None]
+    metadata: Sequence[dict[str, Any] | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """The vectors of many rows, in the order of row ids: [rows, dimension]; `digests`: of the contents that they are
+    of."""
+
+    row_ids: npt.NDArray[np.int64]
+    digests: npt.NDArray[np.void]
+    vectors: npt.NDArray[np.float32]

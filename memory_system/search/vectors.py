@@ -10,8 +10,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
@@ -20,6 +21,7 @@ import numpy.typing as npt
 from memory_system.search.blocks import Blocks
 from memory_system.search.columns import Columns, Ids, Mask
 from memory_system.search.graph import Graph
+from memory_system.search.rows import Embedded
 from memory_system.search.sketch import NEAREST, SAMPLE, Reading, Sketch, fit, read_along
 from memory_system.settings import SearchSettings
 
@@ -48,6 +50,19 @@ def unit(vector: npt.ArrayLike) -> Vectors | None:
     array = np.asarray(vector, np.float32)
     norm = math.sqrt(float(array @ array))
     return array / np.float32(norm) if 0.0 < norm < math.inf else None
+
+
+def units(found: Embedded) -> Embedded:
+    """Those of the vectors that are finite and have a direction, as vectors of length 1."""
+    norms = np.sqrt(np.einsum("ij,ij->i", found.vectors, found.vectors))
+    sound = np.isfinite(norms) & (norms > 0.0)
+    if not sound.all():
+        found, norms = _chosen(found, sound), norms[sound]
+    return replace(found, vectors=found.vectors / norms[:, None])
+
+
+def _chosen(found: Embedded, mask: Mask) -> Embedded:
+    return Embedded(found.row_ids[mask], found.digests[mask], found.vectors[mask])
 
 
 def best(scores: npt.NDArray[Any], row_ids: Ids, k: int) -> Ids:
@@ -135,18 +150,17 @@ class VectorIndex:
         self._set(slot, True)
         return True
 
-    def extend(self, slots: Ids, blobs: Sequence[bytes | None]) -> None:
-        """Store the vectors (float32, little-endian) of many ascending slots that have none; None or one of another
-        length is no vector."""
-        wanted = 4 * self.dimension
-        held = np.array([blob is not None and len(blob) == wanted for blob in blobs], np.bool_)
-        rows = np.frombuffer(b"".join(blob for blob in blobs if blob is not None and len(blob) == wanted), "<f4")
-        rows = rows.reshape(-1, self.dimension)
-        norms = np.sqrt(np.einsum("ij,ij->i", rows, rows))
-        sound = np.isfinite(norms) & (norms > 0.0)
-        kept = slots[held][sound]
-        self._matrix.put_each(kept, rows[sound] / norms[sound, None])
-        self._columns.has_vector[kept] = True  # counted by the columns' `settle`
+    def extend(self, found: Embedded) -> None:
+        """Store the unit vectors of many rows, in the order of row ids as the columns' rows are; none has one yet.
+        Those of other contents than the rows have now, or of rows that are not held, are no vectors of theirs."""
+        columns = self._columns
+        row_ids = columns.row_ids[: columns.top]
+        slots = np.searchsorted(row_ids, found.row_ids)
+        at = np.minimum(slots, len(row_ids) - 1)
+        held = (row_ids[at] == found.row_ids) & (columns.digests[at] == found.digests) if len(row_ids) else slots < 0
+        kept = slots[held]
+        self._matrix.put_each(kept, found.vectors if held.all() else found.vectors[held])
+        columns.has_vector[kept] = True  # counted by the columns' `settle`
         self._count += len(kept)
 
     def drop(self, slot: int) -> None:

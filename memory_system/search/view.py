@@ -63,6 +63,11 @@ def forget_words(view: View, row_id: int) -> None:
         view.words.remove(slot)
 
 
+def model_of(view: View) -> tuple[str, int] | None:
+    """The model whose vectors these are, and its dimension."""
+    return (view.model_id, view.vectors.dimension) if view.vectors and view.model_id else None
+
+
 def forget_vectors(view: View) -> None:
     """Those of all rows: they are of another model than the one to come."""
     view.vectors = None

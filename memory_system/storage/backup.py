@@ -121,7 +121,9 @@ def _checked(copy: Path, before: Contents, stopped: Stopped) -> Contents:
 
 
 @contextlib.contextmanager
-def reading(database: Path, stopped: Stopped = never, *, is_still: bool = False) -> Iterator[sqlite3.Connection]:
+def reading(
+    database: Path, stopped: Stopped = never, *, is_still: bool = False, look_steps: int | None = None
+) -> Iterator[sqlite3.Connection]:
     """A connection that can change nothing of the file; what runs on it is broken off once `stopped` says so.
     `is_still`: nobody writes it meanwhile and it has no log, so that nothing need be made beside it either.
 
@@ -131,7 +133,7 @@ def reading(database: Path, stopped: Stopped = never, *, is_still: bool = False)
     db = sqlite3.connect(f"{database.absolute().as_uri()}?{options}", uri=True, isolation_level=None)
     try:
         db.execute(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT_MS}")
-        db.set_progress_handler(stopped, _LOOK_STEPS)
+        db.set_progress_handler(stopped, look_steps or _LOOK_STEPS)
         yield db
     finally:
         db.close()

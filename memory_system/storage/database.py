@@ -132,16 +132,28 @@ def transaction(db: sqlite3.Connection) -> Iterator[None]:
         raise
 
 
-def open_store(path: Path, synchronous: str = "full") -> sqlite3.Connection:
-    """Create the database, or migrate it after a backup, and return the writing connection.
+def look_at(path: Path) -> None:
+    """What is to be done before a store is opened for writing; the file is left as it was.
+
+    Raises StorageFailed for a file that is damaged, is of a newer schema, or lacks acknowledged writes.
+    """
+    try:
+        inspection.inspect(path)
+    except (sqlite3.Error, UnicodeDecodeError) as error:
+        raise _unreadable(path, error) from error
+
+
+def open_store(path: Path, synchronous: str = "full", *, looked_at: bool = False) -> sqlite3.Connection:
+    """Create the database, or migrate it after a backup, and return the writing connection. `looked_at`: just now.
 
     Raises StorageFailed for a file that is no store of ours, one of a newer schema, one that is damaged, or one that
     lacks acknowledged writes; it is left as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    if not looked_at:
+        look_at(path)
     db = None
     try:
-        inspection.inspect(path)
         db = _connect(path)
         version = _check(db, path)
         _become_writer(db, synchronous)
@@ -152,11 +164,15 @@ def open_store(path: Path, synchronous: str = "full") -> sqlite3.Connection:
     except BaseException as error:
         if db is not None:
             db.close()
-        # SQLite quotes what it cannot read, and damaged bytes of a schema need be no text at all.
         if isinstance(error, (sqlite3.Error, UnicodeDecodeError)):
-            raise StorageFailed(f"{path} cannot be opened as a memory store: {error}") from error
+            raise _unreadable(path, error) from error
         raise
     return db
+
+
+def _unreadable(path: Path, error: Exception) -> StorageFailed:
+    # SQLite quotes what it cannot read, and damaged bytes of a schema need be no text at all.
+    return StorageFailed(f"{path} cannot be opened as a memory store: {error}")
 
 
 def create(db: sqlite3.Connection) -> None:

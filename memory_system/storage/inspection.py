@@ -22,6 +22,8 @@ log = get_logger("storage.inspection")
 _PAGES_S: Final = 1.0
 # SQLite looks at all pages in one step, which versions before 3.42 do not end when they are told to.
 _PAGES_BYTES: Final = 1 << 30
+# Of SQLite's machine, between two looks at the time: at each, it waits for whoever has the interpreter.
+_LOOK_STEPS: Final = 1_000_000
 _WAYS: Final = (
     "put the missing file back, or restore a backup (make restore FROM=latest), "
     "or accept the store as it is (make accept-store)"
@@ -66,7 +68,7 @@ def _play_back(path: Path) -> None:
 
 def _reading(path: Path, stopped: backup.Stopped = backup.never) -> AbstractContextManager[sqlite3.Connection]:
     has_log = any(backup.size_of(_beside(path, suffix)) for suffix in ("-wal", "-journal"))
-    return backup.reading(path, stopped, is_still=not has_log)
+    return backup.reading(path, stopped, is_still=not has_log, look_steps=_LOOK_STEPS)
 
 
 def _beside(path: Path, suffix: str) -> Path:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from memory_system.search.rows import CODED, Row, Rows
 
 SCHEMA = Path(__file__).parents[2] / "schema.sql"
 NOW_S = 1_700_000_000.0
@@ -25,6 +28,13 @@ def digest(text: str) -> bytes:
 def unit_vectors(count: int, dimension: int = DIMENSION, seed: int = 1) -> np.ndarray:
     vectors = np.random.default_rng(seed).standard_normal((count, dimension)).astype(np.float32)
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def rows_of(rows: Sequence[Row]) -> Rows:
+    """Many rows, as a load takes them in."""
+    coded = [json.dumps([getattr(row, name) for name in CODED]) for row in rows]
+    names = (field.name for field in dataclasses.fields(Rows) if field.name != "coded")
+    return Rows(coded=coded, **{name: [getattr(row, name) for row in rows] for name in names})
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,8 +11,9 @@ import pytest
 from memory_system.filters import parse_filter
 from memory_system.search.columns import Columns
 from memory_system.search.masks import KeptMasks
-from memory_system.search.rows import Row, Rows
+from memory_system.search.rows import Row
 from memory_system.search.scope import Scope
+from tests.support.search_store import rows_of
 
 NOW_S = 1_700_000_000.0
 FILTERS = (
@@ -114,7 +115,7 @@ def test_a_bulk_load_is_as_many_puts() -> None:
         one.put(row)
     for start in range(0, len(rows), 700):
         part = rows[start : start + 700]
-        slots = many.extend(Rows(*([getattr(row, field.name) for row in part] for field in fields(Row))))
+        slots = many.extend(rows_of(part))
         assert slots.tolist() == list(range(start, start + len(part)))
     many.settle()
     for scope in scopes():

@@ -7,10 +7,9 @@ import random
 import numpy as np
 
 from memory_system.search.columns import Columns
-from memory_system.search.rows import Row, Rows
+from memory_system.search.rows import Row
 from memory_system.search.speakers import NONE, Speakers
-
-FIELDS = Row.__dataclass_fields__
+from tests.support.search_store import rows_of
 
 
 def row(row_id: int, merged_into: int | None = None) -> Row:
@@ -62,7 +61,7 @@ def test_links_are_those_of_the_rows_that_are_there() -> None:
 def test_a_store_that_is_loaded_has_the_links_that_it_had() -> None:
     rows = [row(1, 9), row(2, 9), row(3), row(4, 8), row(9)]
     columns = Columns()
-    columns.extend(Rows(*([getattr(one, name) for one in rows] for name in FIELDS)))
+    columns.extend(rows_of(rows))
     columns.settle()
     assert links(columns) == {1: 9, 2: 9}
     columns.put(row(8))

@@ -10,10 +10,10 @@ import pytest
 from memory_system.search import sketch, vectors
 from memory_system.search.blocks import Blocks
 from memory_system.search.columns import Columns
-from memory_system.search.rows import Row
+from memory_system.search.rows import Embedded, Row
 from memory_system.search.scope import Scope
 from memory_system.search.sketch import fit
-from memory_system.search.vectors import VectorIndex, highest
+from memory_system.search.vectors import VectorIndex, highest, units
 from memory_system.settings import SearchSettings
 
 DIMENSION = 96
@@ -242,16 +242,28 @@ def test_blocks_hold_rows_across_their_borders(by_axis: bool, monkeypatch: pytes
     assert held.rows(np.zeros(0, np.int64)).shape == (0, 5)
 
 
-def test_a_bulk_load_takes_what_is_a_vector() -> None:
+def test_a_bulk_load_takes_what_is_a_vector_of_its_row() -> None:
     columns = Columns()
     index = VectorIndex(columns, 4, SearchSettings())
-    sound = np.array([3.0, 4.0, 0.0, 0.0], "<f4").tobytes()
-    blobs = [sound, None, b"short", np.full(4, np.nan, "<f4").tobytes(), np.zeros(4, "<f4").tobytes(), sound]
     for row_id in range(1, 7):
         columns.put(row(row_id))
-    index.extend(np.arange(6), blobs)
+    vectors = np.zeros((6, 4), np.float32)
+    vectors[[0, 3, 4, 5]] = [3.0, 4.0, 0.0, 0.0]
+    vectors[1] = np.nan
+    digests = columns.digests[:6].copy()
+    digests[3] = np.void(bytes(range(16)))
+    row_ids = np.array([1, 2, 3, 4, 6, 9])
+    digests[4] = digests[5] = columns.digests[5]
+    index.extend(units(Embedded(row_ids[:2], digests[:2], vectors[:2])))
+    index.extend(units(Embedded(row_ids[2:], digests[2:], vectors[2:])))
     columns.settle()
     assert columns.has_vector[:6].tolist() == [True, False, False, False, False, True] and index.count == 2
     vector = index.vector(0)
     assert vector is not None and np.allclose(vector, [0.6, 0.8, 0.0, 0.0])
     assert columns.pending("default") == 4 and columns.mask(Scope("default", 0.0)) is not None
+
+
+def test_vectors_of_an_empty_store_are_of_no_row() -> None:
+    index = VectorIndex(Columns(), 4, SearchSettings())
+    index.extend(Embedded(np.array([7]), np.zeros(1, "V16"), np.ones((1, 4), np.float32)))
+    assert index.count == 0
