@@ -15,7 +15,9 @@ import numpy.typing as npt
 
 from memory_system.search.columns import Ids, Mask
 from memory_system.search.notes import note
-from memory_system.search.postings import Occurrences, Places, Postings
+from memory_system.search.places import Places
+from memory_system.search.postings import Postings
+from memory_system.search.pruning import Formula, likely
 from memory_system.search.segment import Floats, key_of
 from memory_system.search.tokens import Hashes, Tokenizer, query_words
 from memory_system.search.vectors import best
@@ -25,7 +27,7 @@ MAX_WORDS: Final = 64
 # BM25: S. Robertson, H. Zaragoza, The Probabilistic Relevance Framework, 2009; the constants are those of FTS5.
 K1: Final = 1.2
 B: Final = 0.75
-# So few texts are looked up one by one; of more, every text with one of the words is scored.
+# So few texts are looked up one by one; of more, postings are read.
 _FEW: Final = 1024
 _TINY: Final = float(np.finfo(np.float32).tiny)
 
@@ -72,6 +74,12 @@ def bm25(query: KeywordQuery, frequencies: Floats, lengths: Floats) -> Floats:
     norm = K1 * (1.0 - B + B * lengths / max(1.0, query.average_length))
     score: Floats = (query.idf @ (frequencies * np.float32(K1 + 1.0) / (frequencies + norm))).astype(np.float32)
     return score
+
+
+def _formula(query: KeywordQuery) -> Formula:
+    """What the terms add to BM25."""
+    weights = ((K1 + 1.0) * query.idf.astype(np.float64)).astype(np.float32)
+    return Formula(weights, np.float32(K1 * (1.0 - B)), np.float32(K1 * B / max(1.0, query.average_length)))
 
 
 def shares(query: KeywordQuery, frequencies: Floats) -> npt.NDArray[np.float64]:
@@ -151,7 +159,7 @@ class WordIndex:
             scores = bm25(query, self.frequencies(query, slots), self.lengths(slots))
             slots, scores = slots[scores > 0.0], scores[scores > 0.0]
         else:
-            slots, scores = _likely(query, self.postings.lengths, mask, k)
+            slots, scores = likely(self.postings, query.places, _formula(query), mask, k)
         order = best(scores, row_ids[slots], k)
         return slots[order], scores[order]
 
@@ -177,38 +185,3 @@ def _by_slot(values: npt.NDArray[Any], slots: Ids) -> npt.NDArray[Any]:
     known = slots.view(np.uint64) < len(values)  # what is negative becomes very great
     found: npt.NDArray[Any] = values.take(slots, mode="clip") * known
     return found
-
-
-def _likely(query: KeywordQuery, lengths: npt.NDArray[np.int32], mask: Mask, k: int) -> tuple[Ids, Floats]:
-    """The allowed slots that may be among the k best, and their BM25; `lengths`: of the texts by slot, in terms."""
-    every = query.places.together()
-    norm = lengths.take(every.slots).astype(np.float32)
-    norm *= np.float32(K1 * B / max(1.0, query.average_length))
-    norm += np.float32(K1 * (1.0 - B))
-    norm += every.counts
-    weights = every.of_terms(((K1 + 1.0) * query.idf.astype(np.float64)).astype(np.float32))
-    weights *= every.counts
-    weights /= norm
-    scores = np.zeros(len(lengths), np.float32)
-    np.add.at(scores, every.slots, weights)
-    slots = np.flatnonzero(scores >= max(_floor(every, scores, mask, k), _TINY))
-    slots = slots[_allows(mask, slots)]
-    return slots, scores[slots]
-
-
-def _allows(mask: Mask, slots: Ids) -> Mask:
-    """Which of the slots the mask allows."""
-    allowed: Mask = mask.take(slots, mode="clip")
-    return allowed & (slots < len(mask))
-
-
-def _floor(every: Occurrences, scores: Floats, mask: Mask, k: int) -> float:
-    """A score that k allowed texts reach: among the texts of the rarest term that has so many."""
-    for _, begin, end in sorted(every.spans, key=lambda span: span[2] - span[1]):
-        if end - begin >= k:
-            slots = every.slots[begin:end]
-            reached = scores.take(slots[_allows(mask, slots)])
-            if len(reached) >= k:
-                floor: float = np.partition(reached, len(reached) - k)[len(reached) - k].item()
-                return floor
-    return 0.0

@@ -15,16 +15,14 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from memory_system.search.places import Numbers, Occurrences, Places
 from memory_system.search.segment import Floats, Segment, Spans, build, key_of, merged
 from memory_system.search.tokens import Hashes, term_hash
-
-Numbers = npt.NDArray[np.int64]
 
 _RATIO: Final = 4
 _AT_ONCE: Final = 4096  # texts: a merge of so many takes some milliseconds
 _GONE_SHARE: Final = 0.2
 _START: Final = 1024
-_LOOK_UP: Final = 32  # looking up one text takes as long as reading so many postings
 
 
 @dataclass(slots=True)
@@ -37,61 +35,6 @@ class NamespaceTexts:
     terms: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Occurrences:
-    """Postings of some terms: the slots of the texts, and how often the term stands in each. `spans`: where in these
-    those of a term stand, as (number of the term, begin, end), once for each segment that has it."""
-
-    slots: Numbers
-    counts: Floats
-    spans: Spans
-
-    def terms(self, at: Numbers) -> Numbers:
-        """The numbers of some postings' terms."""
-        terms = np.array([term for term, _, _ in self.spans], np.int64)
-        return terms[np.searchsorted([end for _, _, end in self.spans], at, "right")]
-
-    def of_terms(self, values: Floats) -> Floats:
-        """For each posting the value of its term."""
-        terms, sizes = [term for term, _, _ in self.spans], [end - begin for _, begin, end in self.spans]
-        return np.repeat(values[np.array(terms, np.int64)], sizes)
-
-
-class Places:
-    """Where terms stand: in `each` segment that has any of them. Good for as long as the index is held still."""
-
-    def __init__(self, each: list[tuple[Segment, Spans]]) -> None:
-        self.each = each
-        self.size = sum(end - begin for _, spans in each for _, begin, end in spans)
-        self._together: Occurrences | None = None
-
-    def __repr__(self) -> str:
-        return f"<Places postings={self.size} segments={len(self.each)}>"
-
-    def are_many(self, texts: int) -> bool:
-        """Whether looking up so many texts takes less time than reading all postings, which are not read yet."""
-        return self._together is None and self.size > _LOOK_UP * texts
-
-    def together(self) -> Occurrences:
-        """All of them, of texts that still are."""
-        if self._together is None:
-            self._together = self._read()
-        return self._together
-
-    def _read(self) -> Occurrences:
-        slots, counts, found = [np.zeros(0, np.int32)], [np.zeros(0, np.uint8)], []
-        at = 0
-        for segment, spans in self.each:
-            for term, begin, end in spans:
-                here, number = segment.slots.take(segment.docs[begin:end]), segment.counts[begin:end]
-                if segment.gone:
-                    here, number = here[here >= 0], number[here >= 0]
-                slots.append(here)
-                counts.append(number)
-                found.append((term, at, at := at + len(here)))
-        return Occurrences(np.concatenate(slots, dtype=np.int64), np.concatenate(counts, dtype=np.float32), found)
-
-
 class Postings:
     """Texts by slot. Not thread-safe: the owner holds a lock around every call but `merge_step`."""
 
@@ -101,9 +44,14 @@ class Postings:
         self.notes: Hashes = np.zeros(_START, np.uint64)  # by slot
         self._docs: Numbers = np.full(_START, -1, np.int64)  # by slot: the text's number in the whole index
         self._owners: npt.NDArray[np.int32] = np.zeros(_START, np.int32)  # by slot
+        # For the question that is being answered: arrays of this size would take longer to get than to use.
+        self._wanted: npt.NDArray[np.bool_] = np.zeros(_START, np.bool_)  # by slot, all False between questions
+        self.sums: Floats = np.zeros(_START, np.float32)  # by slot, all 0 between questions
+        self._place: npt.NDArray[np.int32] = np.zeros(_START, np.int32)  # by slot
         self._namespaces: dict[str, NamespaceTexts] = {}
         self._by_number: list[NamespaceTexts] = []
         self._next = 0
+        self._top = 0  # the greatest slot, and one
         self._held: frozenset[int] = frozenset()  # ids of segments that are being merged aside
         self._firsts: Numbers = np.zeros(0, np.int64)
         self._by_first: list[Segment] = []
@@ -119,8 +67,8 @@ class Postings:
 
     @property
     def size_bytes(self) -> int:
-        own = self.lengths.nbytes + self.notes.nbytes + self._docs.nbytes + self._owners.nbytes
-        return own + sum(segment.size_bytes for segment in self.segments)
+        by_slot = (self.lengths, self.notes, self.sums, self._docs, self._owners, self._wanted, self._place)
+        return sum(each.nbytes for each in by_slot) + sum(segment.size_bytes for segment in self.segments)
 
     def has(self, slot: int) -> bool:
         return slot < len(self._docs) and bool(self._docs[slot] >= 0)
@@ -191,8 +139,7 @@ class Postings:
             return
         doc = int(self._docs[slot])
         segment = self._by_first[int(np.searchsorted(self._firsts, doc, "right")) - 1]
-        segment.slots[doc - segment.first] = -1
-        segment.gone += 1
+        segment.drop(doc - segment.first)
         owner = self._by_number[int(self._owners[slot])]
         owner.texts -= 1
         owner.terms -= int(self.lengths[slot])
@@ -261,6 +208,7 @@ class Postings:
         self.changes += 1
 
     def _reserve(self, slot: int) -> None:
+        self._top = max(self._top, slot + 1)
         lack = slot + 1 - len(self._docs)
         if lack > 0:
             more = max(lack, len(self._docs))
@@ -268,6 +216,9 @@ class Postings:
             self.lengths = np.concatenate([self.lengths, np.zeros(more, np.int32)])
             self.notes = np.concatenate([self.notes, np.zeros(more, np.uint64)])
             self._owners = np.concatenate([self._owners, np.zeros(more, np.int32)])
+            self._wanted = np.concatenate([self._wanted, np.zeros(more, np.bool_)])
+            self.sums = np.concatenate([self.sums, np.zeros(more, np.float32)])
+            self._place = np.concatenate([self._place, np.zeros(more, np.int32)])
 
     # ---- questions ----
 
@@ -280,23 +231,65 @@ class Postings:
         """How often each of the terms that were looked for stands in the text of each slot, 0 where there is no text:
         [terms, slots]. No slot is to be named twice."""
         out = np.zeros((terms, len(slots)), np.float32)
-        columns = np.flatnonzero((slots >= 0) & (slots < len(self._docs)))
+        columns = ((slots >= 0) & (slots < len(self._docs))).nonzero()[0]
+        found.read_short(len(columns))
         held = slots[columns]
-        if found.are_many(len(slots)):
-            docs = self._docs[held]
-            for segment, spans in found.each:
-                here = (docs >= segment.first) & (docs < segment.first + len(segment))
-                if here.any():
-                    segment.frequencies(spans, docs[here] - segment.first, out, columns[here])
-            return out
-        every = found.together()
-        wanted = np.zeros(len(self._docs), np.bool_)
-        wanted[held] = True
-        at = np.flatnonzero(wanted.take(every.slots))
-        place = np.empty(len(self._docs), np.int64)
-        place[held] = columns
-        out[every.terms(at), place[every.slots[at]]] = every.counts[at]
+        if found.read:
+            self._read_off(found.read, held, columns, out)
+        if found.unread:
+            self._look_up(found.spans(found.unread), held, columns, out)
         return out
+
+    def often(self, found: Places, term: int, slots: Numbers) -> Floats:
+        """How often a term stands in texts that are all here."""
+        out = np.zeros(len(slots), np.float32)
+        every = found.read_for(len(slots), term)
+        if every is not None:
+            at, columns = self.among(every.slots, slots)
+            out[columns] = every.counts[at]
+        else:
+            self._look_up(found.spans((term,)), slots, np.arange(len(slots)), {term: out})
+        return out
+
+    def among(self, slots: Numbers, wanted: Numbers) -> tuple[Numbers, npt.NDArray[np.int32]]:
+        """Where those of the slots stand that are wanted, and which of the wanted ones each is."""
+        try:
+            self._wanted[wanted] = True
+            at = self._wanted.take(slots).nonzero()[0]
+        finally:
+            self._wanted[wanted] = False
+        self._place[wanted] = np.arange(len(wanted), dtype=np.int32)
+        return at, self._place.take(slots[at])
+
+    def allowed(self, mask: npt.NDArray[np.bool_], slots: Numbers) -> Numbers | None:
+        """Where those of the slots stand that the mask allows; None for all of them."""
+        if len(mask) >= self._top and mask.all():
+            return None
+        allowed = mask.take(slots, mode="clip")
+        if len(mask) < self._top:
+            allowed &= slots < len(mask)
+        return None if allowed.all() else allowed.nonzero()[0]
+
+    def _read_off(self, read: Sequence[Occurrences], slots: Numbers, columns: Numbers, out: Floats) -> None:
+        """Write what was read of the texts into these columns of out[term, text]."""
+        try:
+            self._wanted[slots] = True
+            self._place[slots] = columns
+            for every in read:
+                at = self._wanted.take(every.slots).nonzero()[0]
+                out[every.which[at], self._place[every.slots[at]]] = every.counts[at]
+        finally:
+            self._wanted[slots] = False
+
+    def _look_up(
+        self, each: Sequence[tuple[Segment, Spans]], slots: Numbers, columns: Numbers, out: Floats | dict[int, Floats]
+    ) -> None:
+        """Write how often each term stands in the texts into these columns of out[term, text]; for few texts."""
+        docs = self._docs[slots]
+        for segment, spans in each:
+            here = ((docs >= segment.first) & (docs < segment.first + len(segment))).nonzero()[0]
+            if len(here):
+                segment.frequencies(spans, docs[here] - segment.first, out, columns[here])
 
     def disagreement(
         self, slots: Sequence[int], namespaces: Sequence[str], hashes: Hashes, counts: Numbers

@@ -8,7 +8,7 @@ numbered within the segment. A posting is the text's number, and how often the t
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Final
 
@@ -23,6 +23,8 @@ Spans = list[tuple[int, int, int]]
 """Where terms stand in a segment: (number of the term in the query, begin, end) of its postings."""
 
 MAX_FREQUENCY: Final = 255
+# So many terms' numbers of texts are kept.
+_COUNTED: Final = 4096
 # Postings handled at once by a merge, so that it needs little memory beside what it makes.
 _MERGE_POSTINGS: Final = 2_000_000
 
@@ -41,6 +43,8 @@ class Segment:
     first: int = 0  # the number of its first text in the whole index
     gone: int = 0  # how many of its texts are
     file: str | None = None  # its name on disk
+    _dropped: list[int] = field(default_factory=list)  # its texts that were, in order
+    _counted: dict[int, tuple[int, int]] = field(default_factory=dict)  # by where postings begin: see `count`
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -65,15 +69,15 @@ class Segment:
         return list(zip(known.tolist(), begins.tolist(), ends.tolist(), strict=True))
 
     def frequencies(
-        self, spans: Spans, docs: npt.NDArray[np.int64], out: Floats, columns: npt.NDArray[np.int64]
+        self, spans: Spans, docs: npt.NDArray[np.int64], out: Floats | dict[int, Floats], columns: npt.NDArray[np.int64]
     ) -> None:
-        """Write how often each term stands in the texts `docs` into these columns of out[term, text]; for few texts."""
+        """Write how often each term stands in the texts `docs` into these columns of out[term]; for few texts."""
         wanted = docs.astype(np.uint32)
         for term, begin, end in spans:
             there = self.docs[begin:end]
-            at = np.minimum(np.searchsorted(there, wanted), len(there) - 1)
-            has = there[at] == wanted
-            out[term, columns[has]] = self.counts[begin:end][at[has]]
+            at = there.searchsorted(wanted)
+            has = (there.take(at, mode="clip") == wanted).nonzero()[0]
+            out[term][columns[has]] = self.counts[begin:end][at[has]]
 
     def disagrees(self, expected: Segment, docs: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
         """For each text of another segment, whether it is here, as the text `docs` says, with other counts."""
@@ -90,9 +94,28 @@ class Segment:
             wrong[texts[~same]] = True
         return wrong
 
+    def drop(self, doc: int) -> None:
+        """This text is gone from now on."""
+        self.slots[doc] = -1
+        self.gone += 1
+        self._dropped.append(doc)
+
     def count(self, begin: int, end: int) -> int:
-        """How many of the texts of these postings still are."""
-        return end - begin if not self.gone else int(np.count_nonzero(self.slots.take(self.docs[begin:end]) >= 0))
+        """How many of the texts of these postings still are. Kept, with how many texts were dropped by then: only what
+        was dropped since has to be looked up again."""
+        if not self.gone:
+            return end - begin
+        docs = self.docs[begin:end]
+        seen, count = self._counted.get(begin) or (0, -1)
+        if count < 0:
+            count = int(np.count_nonzero(self.slots.take(docs) >= 0))
+        elif seen < len(self._dropped):
+            since = np.array(self._dropped[seen:], np.uint32)
+            count -= int(np.count_nonzero(docs.take(docs.searchsorted(since), mode="clip") == since))
+        if len(self._counted) >= _COUNTED:
+            self._counted.clear()
+        self._counted[begin] = len(self._dropped), count
+        return count
 
 
 def key_of(hashes: Hashes, namespace: int | npt.NDArray[np.uint64]) -> Hashes:

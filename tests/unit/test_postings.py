@@ -13,7 +13,7 @@ from typing import cast
 import numpy as np
 import pytest
 
-from memory_system.search import keywords, postings, word_file
+from memory_system.search import keywords, postings, segment, word_file
 from memory_system.search.keywords import WordIndex, bm25, shares
 from memory_system.search.tokens import Tokenizer
 
@@ -250,3 +250,21 @@ def test_a_file_that_takes_a_part_at_a_time_gets_all() -> None:
     word_file._write_all(cast(FileIO, Slow()), memoryview(b"ten bytes."))
     word_file._write_all(cast(FileIO, Slow()), memoryview(b""))
     assert bytes(taken) == b"ten bytes."
+
+
+@pytest.mark.parametrize("kept", [1, 4096])
+def test_how_many_texts_have_a_term_follows_what_goes(
+    index: WordIndex, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was counted is kept, and only what went since is looked at; `kept`: of so many terms."""
+    monkeypatch.setattr(segment, "_COUNTED", kept)
+    rng, plain = random.Random(6), Plain(index)
+    plain.add({slot: ("a", some_text(rng)) for slot in range(300)})
+    for _ in range(12):
+        asked = rng.sample(VOCABULARY, 3)
+        for _ in range(2):
+            query = index.prepare("a", " ".join(asked))
+            own = [words for _, words in plain.texts.values()]
+            assert query.found_in.tolist() == [sum(word in words for words in own) for word in query.terms]
+            for slot in rng.sample(list(plain.texts), rng.randint(0, 12)):
+                plain.remove(slot)
