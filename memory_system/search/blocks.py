@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+from contextlib import suppress
 from typing import Final
 
 import numpy as np
@@ -72,6 +74,19 @@ class Blocks:
             multiply(rows, query, out=found[begin - first : stop - first])
         return found
 
+    def products_between(self, query: Floats, firsts: Slots, ends: Slots) -> Floats:
+        """The inner products of the query with the rows of ascending ranges of slots, all of them written, one range
+        behind the other."""
+        found = np.empty(int((ends - firsts).sum()), np.float32)
+        at = 0
+        for first, end in zip(firsts.tolist(), ends.tolist(), strict=True):
+            while first < end:
+                block, row = divmod(first, _ROWS)
+                count = min(end - first, _ROWS - row)
+                np.dot(self._blocks[block][row : row + count], query, out=found[at : at + count])
+                first, at = first + count, at + count
+        return found
+
     def products_of(self, query: Floats, slots: Slots) -> Floats:
         """The inner products of the query with the rows of ascending slots."""
         found = np.empty(len(slots), np.float32)
@@ -96,6 +111,14 @@ class Blocks:
 
     def _reserve(self, slot: int) -> None:
         while slot >= len(self._blocks) * _ROWS:
-            # Zeroed by the system, which gives pages only where rows are written.
-            block = np.zeros((self.width, _ROWS) if self._by_axis else (_ROWS, self.width), np.float32)
+            block = _zeros((self.width, _ROWS) if self._by_axis else (_ROWS, self.width))
             self._blocks.append(block.T if self._by_axis else block)
+
+
+def _zeros(shape: tuple[int, int]) -> Floats:
+    """Zeroed by the system, which gives pages only where rows are written, and gets them back with the last reference:
+    malloc would keep what one half of a gigabyte of short forms leaves behind when another takes its place."""
+    area = mmap.mmap(-1, max(1, 4 * shape[0] * shape[1]), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a system without huge pages
+        area.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(area, np.float32, shape[0] * shape[1]).reshape(shape)

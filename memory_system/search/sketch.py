@@ -15,6 +15,7 @@ from typing import Final
 import numpy as np
 
 from memory_system.search.blocks import Blocks, Floats, Slots
+from memory_system.search.order import Order
 
 SAMPLE: Final = 20_000
 _HEADS: Final = (16, 24, 32, 48, 64, 96)
@@ -130,39 +131,54 @@ def _measure(axes: Floats, mean: Floats, sample: Floats) -> dict[int, tuple[floa
 
 
 class Sketch:
-    """The short forms of vectors by slot. Not thread-safe."""
+    """The short forms of vectors by place: their slot, unless there is an `order`. Not thread-safe."""
 
-    def __init__(self, axes: Axes) -> None:
+    def __init__(self, axes: Axes, order: Order | None = None) -> None:
         self.axes = axes
-        self._heads = Blocks(axes.head, by_axis=True)
+        self.order = order
+        # By axis is for reading all; of cells, some are read, and of these only what a filter lets pass.
+        self._heads = Blocks(axes.head, by_axis=order is None)
         self._tails = Blocks(axes.length - axes.head)
 
     def __repr__(self) -> str:
         spreads = ", ".join(f"{spread:.2f}" for spread in self.axes.spreads)
-        return f"<Sketch head={self.axes.head} length={self.axes.length} spreads={spreads}>"
+        order = "" if self.order is None else f" {self.order!r}"
+        return f"<Sketch head={self.axes.head} length={self.axes.length} spreads={spreads}{order}>"
 
     def put(self, slot: int, vector: Floats) -> None:
         form = vector @ self.axes.axes
-        self._heads.put(slot, form[: self.axes.head])
-        self._tails.put(slot, form[self.axes.head :])
+        place = slot if self.order is None else self.order.put(slot)
+        self._heads.put(place, form[: self.axes.head])
+        self._tails.put(place, form[self.axes.head :])
 
     def put_each(self, slots: Slots, matrix: Blocks) -> None:
-        """Take in the vectors of ascending slots."""
+        """Take in the vectors of ascending slots, each at the place of its slot."""
         for start in range(0, len(slots), _PUT_TOGETHER):
             part = slots[start : start + _PUT_TOGETHER]
-            forms = matrix.rows(part) @ self.axes.axes
-            self._heads.put_each(part, forms[:, : self.axes.head])
-            self._tails.put_each(part, forms[:, self.axes.head :])
+            self.put_forms(part, matrix.rows(part) @ self.axes.axes)
+
+    def put_forms(self, places: Slots, forms: Floats) -> None:
+        """Write short forms at ascending places."""
+        self._heads.put_each(places, forms[:, : self.axes.head])
+        self._tails.put_each(places, forms[:, self.axes.head :])
+
+    def slots(self, places: Slots) -> Slots:
+        """The slot at each place, -1 where there is none."""
+        return places if self.order is None else self.order.slots(places)
 
     def by_heads(self, query: Reading, first: int, end: int) -> Floats:
-        """The inner products of the query's form with the heads of all slots from `first` up to `end`."""
+        """The inner products of the query's form with the heads of all places from `first` up to `end`."""
         return self._heads.products(query.form, first, end)
 
-    def by_heads_of(self, query: Reading, slots: Slots) -> Floats:
-        """The same for ascending slots."""
-        return self._heads.products_of(query.form, slots)
+    def by_heads_between(self, query: Reading, firsts: Slots, ends: Slots) -> Floats:
+        """The same for several ascending ranges, one behind the other."""
+        return self._heads.products_between(query.form, firsts, ends)
 
-    def by_whole(self, query: Reading, slots: Slots, by_heads: Floats) -> Floats:
-        """The inner products of the query's form with the whole forms of ascending slots; `by_heads`: with their
+    def by_heads_of(self, query: Reading, places: Slots) -> Floats:
+        """The same for ascending places."""
+        return self._heads.products_of(query.form, places)
+
+    def by_whole(self, query: Reading, places: Slots, by_heads: Floats) -> Floats:
+        """The inner products of the query's form with the whole forms of ascending places; `by_heads`: with their
         heads."""
-        return by_heads + self._tails.products_of(query.form[self.axes.head :], slots)
+        return by_heads + self._tails.products_of(query.form[self.axes.head :], places)

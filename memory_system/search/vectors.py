@@ -1,16 +1,17 @@
-"""The vector side: unit vectors by slot, and three ways to the nearest ones among those that a mask allows.
+"""The vector side: unit vectors by slot, and four ways to the nearest ones among those that a mask allows.
 
 - Few are compared one by one (`search.exact_max`).
-- More are compared by their short forms, and exactly where these leave it open (sketch.py). Nothing has to be built
-  for that, and a filter only makes it faster.
-- Very many, hardly filtered, are looked up in a graph (`search.graph_from`) once it is built. Rows that it does not
+- More are compared by their short forms, and exactly where these leave it open (sketch.py, narrowing.py). Nothing has
+  to be built for that, and a filter only makes it faster.
+- Of very many, short forms stand in cells of like ones, of which only some are read (cells.py). What is in no cell yet
+  is always compared.
+- Still more, hardly filtered, are looked up in a graph (`search.graph_from`) once it is built. Rows that it does not
   hold yet are compared by their short forms, so an unfinished graph loses nothing.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, Final
@@ -18,11 +19,14 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from memory_system.search.arranging import Arranging
 from memory_system.search.blocks import Blocks
+from memory_system.search.cells import Cells
 from memory_system.search.columns import Columns, Ids, Mask
 from memory_system.search.graph import Graph
+from memory_system.search.narrowing import FIRST, Narrowing, by_all, by_cells
 from memory_system.search.rows import Embedded
-from memory_system.search.sketch import NEAREST, SAMPLE, Reading, Sketch, fit, read_along
+from memory_system.search.sketch import NEAREST, SAMPLE, Sketch, fit
 from memory_system.settings import SearchSettings
 
 Vectors = npt.NDArray[np.float32]
@@ -31,14 +35,14 @@ Found = tuple[Ids, npt.NDArray[np.float32]]
 
 # Below this share of the slots, rows are read one by one; above, reading all in order is faster.
 _DENSE_SHARE: Final = 0.25
-# The same for heads, which stand by axis.
-_HEADS_SHARE: Final = 0.05
 # The axes are found anew when there are so many times as many vectors.
 _REFIT: Final = 4
-# So many times the wanted number are looked at more closely, and so many exactly, to learn how near the nearest are.
-_FIRST: Final = 8
-_SECOND: Final = 2
-_THRESHOLD_SAMPLE: Final = 8192
+# From this many vectors on, short forms stand in cells. Measured.
+_CELLS_FROM: Final = 300_000
+# Cells are made anew when this share of all stands behind them.
+_LOOSE_SHARE: Final = 0.125
+# What was written while something was made is taken in with the lock held, if it is no more than this.
+_TAKEN_IN: Final = 256
 # Below this share of allowed rows a graph would mostly return rows that are to be dropped.
 _GRAPH_MIN_SHARE: Final = 0.5
 # As long as a graph lacks more of them than this, comparing them all takes no longer.
@@ -76,35 +80,6 @@ def best(scores: npt.NDArray[Any], row_ids: Ids, k: int) -> Ids:
     return order
 
 
-def highest(scores: npt.NDArray[np.float32], count: int) -> Ids:
-    """Positions of at least `count` of the highest scores, in order; fewer only if there are no more than that.
-
-    A threshold is guessed from a sample, because sorting out a million scores takes longer than computing them.
-    """
-    step = len(scores) // _THRESHOLD_SAMPLE
-    if step >= 2 and count * 64 < len(scores):
-        sample = scores[::step]
-        rank = min(len(sample) - 1, int(1.3 * count * len(sample) / len(scores)) + 8)
-        threshold = np.partition(sample, len(sample) - 1 - rank)[len(sample) - 1 - rank]
-        found = np.flatnonzero(scores >= threshold)
-        if count <= len(found) <= 8 * count + 1024:
-            return found
-    if count >= len(scores):
-        return np.arange(len(scores))
-    return (scores >= _least(scores, count)).nonzero()[0]
-
-
-def _least(scores: npt.NDArray[np.float32], count: int) -> float:
-    """The count-th highest of the scores, or the lowest if there are fewer."""
-    at = max(0, len(scores) - count)
-    return float(np.partition(scores, at)[at])
-
-
-def _range(mask: Mask) -> tuple[int, int]:
-    """From the first to behind the last that is true, of which there is one."""
-    return int(mask.argmax()), len(mask) - int(mask[::-1].argmax())
-
-
 class VectorIndex:
     """Vectors of one model. The owner's lock guards everything but what `Graph` says of itself."""
 
@@ -115,6 +90,8 @@ class VectorIndex:
         self._settings = settings
         self._matrix = Blocks(dimension)
         self._sketch: Sketch | None = None
+        self._cells: Cells | None = None
+        self._arranging: Arranging | None = None
         self._fitted_at = 0  # how many vectors there were
         self._count = 0
         self._meanwhile: set[int] | None = None  # slots written while a sketch is made
@@ -129,9 +106,8 @@ class VectorIndex:
 
     @property
     def improving(self) -> bool:
-        """Whether searches would be faster with short forms that are still to be made, or are being made."""
-        due = self._count > self._settings.exact_max and self._count >= _REFIT * self._fitted_at
-        return due or self._meanwhile is not None
+        """Whether searches would be faster with short forms or cells that are still to be made, or are being made."""
+        return self._axes_due() or self._cells_due() or self._meanwhile is not None
 
     def put(self, slot: int, vector: Vectors) -> bool:
         """Store a slot's vector; False if it is no vector of this index (then the slot has none)."""
@@ -200,7 +176,7 @@ class VectorIndex:
 
     def _are_few(self, count: int, k: int) -> bool:
         """Whether so many are compared one by one. Short forms need more than they look at: see `_by_sketch`."""
-        return count <= max(self._settings.exact_max, 2 * _FIRST * max(k, NEAREST))
+        return count <= max(self._settings.exact_max, 2 * FIRST * max(k, NEAREST))
 
     def _by_each(self, query: Vectors, allowed: Mask, k: int) -> Found:
         slots = np.flatnonzero(allowed)
@@ -216,41 +192,15 @@ class VectorIndex:
         return self._matrix.products_of(query, slots)
 
     def _by_sketch(self, query: Vectors, allowed: Mask, count: int, k: int) -> Found:
-        sketch = self._sketch
+        sketch, cells = self._sketch, self._cells
         if sketch is None:
             return self._by_each(query, allowed, k)
-        head, whole = read_along(sketch.axes, query)
-        those, about = self._by_heads(sketch, head, allowed, count)
-        wanted = max(k, NEAREST)
-        first = highest(about, _FIRST * wanted)
-        by_whole = sketch.by_whole(whole, those(first), about[first])
-        second = highest(by_whole, _SECOND * wanted)
-        chosen = those(first[second])
-        cosines = self._matrix.products_of(query, chosen)
-        least = _least(cosines, wanted)
-        about[first] = by_whole[second] = -np.inf  # done with
-        rest = np.flatnonzero(about >= head.floor(least))
-        near = first[by_whole >= whole.floor(least)]
-        by_whole = sketch.by_whole(whole, those(rest), about[rest])
-        near = np.concatenate([near, rest[by_whole >= whole.floor(least)]])
-        near.sort()
-        also = those(near)
-        also_cosines = self._matrix.products_of(query, also)
-        return self._best(np.concatenate([chosen, also]), np.concatenate([cosines, also_cosines]), k)
-
-    def _by_heads(
-        self, sketch: Sketch, head: Reading, allowed: Mask, count: int
-    ) -> tuple[Callable[[Ids], Ids], npt.NDArray[np.float32]]:
-        """The products of the heads of all slots that are allowed, and which slots places among them are; what else is
-        among them has -inf."""
-        first, end = _range(allowed)
-        if count <= _HEADS_SHARE * (end - first):
-            slots = np.flatnonzero(allowed)
-            return slots.take, sketch.by_heads_of(head, slots)
-        about = sketch.by_heads(head, first, end)
-        if count < end - first:
-            about[~allowed[first:end]] = -np.inf
-        return lambda places: places + first, about
+        search = Narrowing(sketch, self._matrix, query, allowed, max(k, NEAREST))
+        if cells is None:
+            by_all(search, sketch, allowed, count)
+        else:
+            by_cells(search, sketch, cells, allowed, count)
+        return self._best(*search.found(), k)
 
     def _by_graph(self, query: Vectors, allowed: Mask, count: int, k: int) -> Found | None:
         """None when the graph cannot answer for most of the rows."""
@@ -274,8 +224,11 @@ class VectorIndex:
 
     def improve(self, lock: AbstractContextManager[object]) -> bool:
         """Make one step towards faster searches; whether there was one to make. Called without the owner's `lock`."""
-        if self._count > self._settings.exact_max and self._count >= _REFIT * self._fitted_at:
+        if self._arranging is None and self._axes_due():
             self.fit(lock)
+            return True
+        if self._arranging is not None or self._cells_due():
+            self._arrange(lock)
             return True
         if self._count < max(self._settings.graph_from, self._settings.exact_max):
             return False
@@ -293,10 +246,50 @@ class VectorIndex:
         sketch = None if axes is None else Sketch(axes)
         if sketch is not None:
             sketch.put_each(slots, self._matrix)
+        if sketch is not None:
+            self._take_over(lock, sketch, None)
+            return
         with lock:
-            if sketch is not None and self._meanwhile:
-                sketch.put_each(np.array(sorted(self._meanwhile), np.int64), self._matrix)
-            self._sketch, self._meanwhile = sketch, None
+            self._sketch = self._cells = self._meanwhile = None
+
+    def _axes_due(self) -> bool:
+        return self._count > self._settings.exact_max and self._count >= _REFIT * self._fitted_at
+
+    def _cells_due(self) -> bool:
+        if self._sketch is None or self._count < max(_CELLS_FROM, self._settings.exact_max):
+            return False
+        order = self._sketch.order
+        return order is None or order.loose > _LOOSE_SHARE * order.top
+
+    def _arrange(self, lock: AbstractContextManager[object]) -> None:
+        """Make a step towards new cells, and with the last one take them over."""
+        assert self._sketch is not None
+        if self._arranging is None:
+            with lock:
+                slots = np.flatnonzero(self._columns.has_vector)
+                if not len(slots):
+                    return  # they are of another model than the one to come: this index is on its way out
+                self._meanwhile = set()
+            self._arranging = Arranging(self._sketch.axes, self._matrix, slots)
+        if self._arranging.step():
+            return
+        made, self._arranging = self._arranging.made, None
+        assert made is not None
+        self._take_over(lock, *made)
+
+    def _take_over(self, lock: AbstractContextManager[object], sketch: Sketch, cells: Cells | None) -> None:
+        """Search by this from now on, once it has what was written while it was made."""
+        while True:
+            with lock:
+                written = sorted(self._meanwhile or ())
+                self._meanwhile = set()
+                if len(written) <= _TAKEN_IN:
+                    for slot in written:
+                        sketch.put(slot, self._matrix.row(slot))
+                    self._sketch, self._cells, self._meanwhile = sketch, cells, None
+                    return
+            for slot in written:
+                sketch.put(slot, self._matrix.row(slot))
 
     def _set(self, slot: int, present: bool) -> None:
         self._count += int(present) - int(self._columns.has_vector[slot])

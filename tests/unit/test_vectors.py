@@ -7,13 +7,14 @@ import threading
 import numpy as np
 import pytest
 
-from memory_system.search import sketch, vectors
+from memory_system.search import narrowing, sketch, vectors
 from memory_system.search.blocks import Blocks
 from memory_system.search.columns import Columns
+from memory_system.search.narrowing import highest
 from memory_system.search.rows import Embedded, Row
 from memory_system.search.scope import Scope
 from memory_system.search.sketch import fit
-from memory_system.search.vectors import VectorIndex, highest, units
+from memory_system.search.vectors import VectorIndex, units
 from memory_system.settings import SearchSettings
 
 DIMENSION = 96
@@ -84,8 +85,8 @@ def test_short_forms_find_nearly_all_at_every_selectivity() -> None:
 @pytest.mark.parametrize("lacking", [0, 1])
 def test_without_a_margin_too_little_is_found(lacking: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The negative control of the test above, for the heads and for the whole short forms."""
-    monkeypatch.setattr(vectors, "_FIRST", 1)
-    monkeypatch.setattr(vectors, "_SECOND", 1)
+    monkeypatch.setattr(narrowing, "FIRST", 1)
+    monkeypatch.setattr(narrowing, "_SECOND", 1)
     index = index_of(spread(12_000), exact_max=100)
     index.improve(LOCK)
     assert index._sketch is not None
