@@ -15,7 +15,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from memory_system.search.places import Numbers, Occurrences, Places
+from memory_system.search.places import Numbers, Places
+from memory_system.search.scratch import Scratch
 from memory_system.search.segment import Floats, Segment, Spans, build, key_of, merged
 from memory_system.search.tokens import Hashes, term_hash
 
@@ -44,10 +45,7 @@ class Postings:
         self.notes: Hashes = np.zeros(_START, np.uint64)  # by slot
         self._docs: Numbers = np.full(_START, -1, np.int64)  # by slot: the text's number in the whole index
         self._owners: npt.NDArray[np.int32] = np.zeros(_START, np.int32)  # by slot
-        # For the question that is being answered: arrays of this size would take longer to get than to use.
-        self._wanted: npt.NDArray[np.bool_] = np.zeros(_START, np.bool_)  # by slot, all False between questions
-        self.sums: Floats = np.zeros(_START, np.float32)  # by slot, all 0 between questions
-        self._place: npt.NDArray[np.int32] = np.zeros(_START, np.int32)  # by slot
+        self.scratch = Scratch(_START)
         self._namespaces: dict[str, NamespaceTexts] = {}
         self._by_number: list[NamespaceTexts] = []
         self._next = 0
@@ -67,8 +65,8 @@ class Postings:
 
     @property
     def size_bytes(self) -> int:
-        by_slot = (self.lengths, self.notes, self.sums, self._docs, self._owners, self._wanted, self._place)
-        return sum(each.nbytes for each in by_slot) + sum(segment.size_bytes for segment in self.segments)
+        by_slot = self.lengths.nbytes + self.notes.nbytes + self._docs.nbytes + self._owners.nbytes
+        return by_slot + self.scratch.size_bytes + sum(segment.size_bytes for segment in self.segments)
 
     def has(self, slot: int) -> bool:
         return slot < len(self._docs) and bool(self._docs[slot] >= 0)
@@ -216,9 +214,7 @@ class Postings:
             self.lengths = np.concatenate([self.lengths, np.zeros(more, np.int32)])
             self.notes = np.concatenate([self.notes, np.zeros(more, np.uint64)])
             self._owners = np.concatenate([self._owners, np.zeros(more, np.int32)])
-            self._wanted = np.concatenate([self._wanted, np.zeros(more, np.bool_)])
-            self.sums = np.concatenate([self.sums, np.zeros(more, np.float32)])
-            self._place = np.concatenate([self._place, np.zeros(more, np.int32)])
+            self.scratch = Scratch(len(self._docs))
 
     # ---- questions ----
 
@@ -235,7 +231,7 @@ class Postings:
         found.read_short(len(columns))
         held = slots[columns]
         if found.read:
-            self._read_off(found.read, held, columns, out)
+            self.scratch.read_off(found.read, held, columns, out)
         if found.unread:
             self._look_up(found.spans(found.unread), held, columns, out)
         return out
@@ -245,21 +241,11 @@ class Postings:
         out = np.zeros(len(slots), np.float32)
         every = found.read_for(len(slots), term)
         if every is not None:
-            at, columns = self.among(every.slots, slots)
+            at, columns = self.scratch.among(every.slots, slots)
             out[columns] = every.counts[at]
         else:
             self._look_up(found.spans((term,)), slots, np.arange(len(slots)), {term: out})
         return out
-
-    def among(self, slots: Numbers, wanted: Numbers) -> tuple[Numbers, npt.NDArray[np.int32]]:
-        """Where those of the slots stand that are wanted, and which of the wanted ones each is."""
-        try:
-            self._wanted[wanted] = True
-            at = self._wanted.take(slots).nonzero()[0]
-        finally:
-            self._wanted[wanted] = False
-        self._place[wanted] = np.arange(len(wanted), dtype=np.int32)
-        return at, self._place.take(slots[at])
 
     def allowed(self, mask: npt.NDArray[np.bool_], slots: Numbers) -> Numbers | None:
         """Where those of the slots stand that the mask allows; None for all of them."""
@@ -269,17 +255,6 @@ class Postings:
         if len(mask) < self._top:
             allowed &= slots < len(mask)
         return None if allowed.all() else allowed.nonzero()[0]
-
-    def _read_off(self, read: Sequence[Occurrences], slots: Numbers, columns: Numbers, out: Floats) -> None:
-        """Write what was read of the texts into these columns of out[term, text]."""
-        try:
-            self._wanted[slots] = True
-            self._place[slots] = columns
-            for every in read:
-                at = self._wanted.take(every.slots).nonzero()[0]
-                out[every.which[at], self._place[every.slots[at]]] = every.counts[at]
-        finally:
-            self._wanted[slots] = False
 
     def _look_up(
         self, each: Sequence[tuple[Segment, Spans]], slots: Numbers, columns: Numbers, out: Floats | dict[int, Floats]

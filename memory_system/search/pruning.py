@@ -67,10 +67,10 @@ def likely(postings: Postings, places: Places, formula: Formula, mask: Mask, k: 
         return _each(postings, places, formula, mask, k)
     texts = _Texts(postings, places, formula, mask, k)
     try:
-        done = texts.read(postings.sums)
-        texts.choose(postings.sums, done)
+        done = texts.read(postings.scratch.sums)
+        texts.choose(postings.scratch.sums, done)
     finally:
-        texts.clear(postings.sums)
+        texts.clear(postings.scratch.sums)
     texts.look_up(done)
     return texts.slots, texts.scores()
 
@@ -192,7 +192,7 @@ class _Texts:
         """What the texts score, added in the order of the terms."""
         added = np.zeros((len(self._formula.weights), len(self.slots)), np.float32)
         for slots, which, parts in self._read:
-            at, columns = self._postings.among(slots, self.slots)
+            at, columns = self._postings.scratch.among(slots, self.slots)
             added[which[at], columns] = parts[at]
         for term, row in self._rows.items():
             added[term] = row

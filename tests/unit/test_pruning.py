@@ -102,7 +102,7 @@ def test_the_best_are_those_that_scoring_each_finds(
         query, mask, k = some_query(index, rng), some_mask(rng), rng.choice([1, 2, 10, 50, 400])
         assert by_index(index, query, mask, k) == by_scoring_each(index, query, mask, k)
         spared += bool(query.places.unread)
-        assert not index.postings.sums.any()
+        assert not index.postings.scratch.sums.any()
     assert (spared > 10) == (look_up < 1000)
 
 
@@ -146,4 +146,4 @@ def test_a_search_that_fails_leaves_nothing_behind(index: WordIndex, monkeypatch
         patch.setattr(pruning, "_most", fail)
         with pytest.raises(MemoryError):
             by_index(index, query, np.ones(TEXTS, np.bool_), 5)
-    assert not index.postings.sums.any()
+    assert not index.postings.scratch.sums.any()
