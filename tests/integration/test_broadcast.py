@@ -452,6 +452,7 @@ def test_errors_of_a_restart_arrive_once_and_in_order() -> None:
             manager.report(message="while nobody heard", lost=True)
             manager.report(message="again")
             assert messages(take(reader, 2)) == ["while nobody heard", "again"]
+            wait_for_subscriptions(manager, 2)  # what is published before is not heard
             manager.report(message="live")
             assert messages(take(reader, 1)) == ["live"]
             assert reader.read(0.1) is None
@@ -469,6 +470,7 @@ def test_repeats_that_went_down_with_the_manager_are_fetched() -> None:
         assert messages(take(reader, 2)) == ["repeat 0", "another"]
     with reader, FakeManager(rows=rows, ports=ports, boot_id="boot-2") as manager:
         assert messages(take(reader, 2)) == ["repeat 1", "repeat 2"]
+        wait_for_subscriptions(manager, 2)  # what is published before is not heard
         manager.heartbeat("health_manager")
         manager.report(message="new")
         assert messages(take(reader, 1)) == ["new"]
@@ -485,6 +487,7 @@ def test_another_history_is_read_from_its_beginning() -> None:
     with reader, FakeManager(ports=ports, boot_id="boot-2") as manager:
         manager.report(message="the first of a new file")
         assert messages(take(reader, 1)) == ["the first of a new file"]
+        wait_for_subscriptions(manager, 2)  # what is published before is not heard
         manager.report(message="the second")
         assert messages(take(reader, 1)) == ["the second"]
 
@@ -502,6 +505,7 @@ def test_of_another_history_only_what_is_new_is_told() -> None:
     with reader, FakeManager(ports=ports, boot_id="boot-2", rows=older) as manager:
         manager.report(message="new")
         assert messages(take(reader, 3)) == ["0", "1", "new"], "of the last minute, nothing of an hour ago"
+        wait_for_subscriptions(manager, 2)  # what is published before is not heard
         manager.report(message="newer")
         assert messages(take(reader, 1)) == ["newer"]
 
