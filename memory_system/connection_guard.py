@@ -9,7 +9,6 @@ connection_judge.py). When nobody is why it has grown, it is in order as it is.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import resource
 import threading
@@ -17,7 +16,7 @@ import time
 from collections.abc import Iterator
 from typing import Final
 
-from memory_system import connections
+from memory_system import allocator, connections
 from memory_system.connection_judge import FORGIVE_S, LOOK_FROM, Judge
 from memory_system.connections import Connection
 from memory_system.log import get_logger
@@ -101,7 +100,7 @@ class ConnectionGuard:
             return False
         if not is_leaving and now_s >= self._trimmed_s + TRIM_S:
             self._trimmed_s = now_s
-            _give_back_memory()
+            allocator.give_back()
         grown_bytes = self._grown()
         if grown_bytes <= self._limit_bytes * LOOK_FROM:
             return False
@@ -194,11 +193,4 @@ def guarding(limit_mb: float) -> Iterator[None]:
         guard.close()
 
 
-def _give_back_memory() -> None:
-    """Have the C library return what was freed to the system: it keeps what small parts were in."""
-    if _TRIM is not None:
-        _TRIM(0)
-
-
 _PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
-_TRIM: Final = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl needs none

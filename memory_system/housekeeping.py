@@ -1,4 +1,5 @@
-"""What the service does by the clock: flushing access counts, dropping old idempotency keys and applied log entries."""
+"""What the service does by the clock: flushing access counts, dropping old idempotency keys and applied log entries,
+giving back memory."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Final
 
+from memory_system import allocator
 from memory_system.access import AccessBuffer
 from memory_system.errors import MemorySystemError
 from memory_system.log import get_logger
@@ -21,6 +23,7 @@ from memory_system.storage.writer import Writer
 log = get_logger("housekeeping")
 
 _PRUNE_S: Final = 60.0
+_GIVE_BACK_S: Final = 30.0
 _LOG_KEPT: Final = 1_000
 _ACCESS_ROWS: Final = 2 * AT_ONCE
 _ACCESS_WRITES: Final = 64
@@ -50,6 +53,7 @@ class Housekeeping:
         self._tasks = [
             asyncio.create_task(_every(self._settings.access_flush_s, self.flush_accesses), name="access-flush"),
             asyncio.create_task(_every(_PRUNE_S, self.prune), name="prune"),
+            asyncio.create_task(_every(_GIVE_BACK_S, give_back_memory), name="give-back-memory"),
         ]
 
     async def close(self) -> None:
@@ -96,6 +100,11 @@ class Housekeeping:
 
     async def _run(self, run: Callable[[WriteContext], Reply], rows: int) -> Reply:
         return await self._writer.submit(WriteJob(run, "", rows=rows, counted=False))
+
+
+async def give_back_memory() -> None:
+    """What was freed among what is still used stays with the process for good, unless somebody asks for it."""
+    await asyncio.to_thread(allocator.give_back)
 
 
 async def _every(interval_s: float, work: Callable[[], Awaitable[None]]) -> None:

@@ -17,6 +17,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 from memory_system import log
+from memory_system.allocator import use_few_arenas
 from memory_system.connection_guard import guarding
 from memory_system.errors import ConfigError, MemorySystemError
 from memory_system.security import check_bind
@@ -48,6 +49,7 @@ def run_program(name: str, description: str, serve: Serve, arguments: Sequence[s
     except OSError as error:
         sys.stderr.write(f"{name}: log.dir {settings.log.dir} cannot be written: {error.strerror}\n")
         return 2
+    use_few_arenas()
     _raise_file_limit(name)
     try:
         with guarding(settings.limits.connection_memory_mb):

@@ -11,7 +11,7 @@ from typing import Final, Generic, Protocol, TypeVar
 # The connection whose request is being worked on; empty for the program's own work.
 CLIENT: Final[ContextVar[bytes]] = ContextVar("CLIENT", default=b"")
 
-
+# For so many turns a client's last ones are remembered: more than that can hardly be waiting.
 _REMEMBERED: Final = 4096
 # What one request takes: a list is several queries.
 _IN_A_ROUND: Final = 4
@@ -38,7 +38,8 @@ class Lanes(Generic[T]):
         self._lanes: OrderedDict[bytes, deque[T]] = OrderedDict()
         self._count = 0
         self._turns = 0
-        self._last_turns: OrderedDict[bytes, deque[int]] = OrderedDict()
+        # Tuples: a deque takes .6 kB, and there is one for every connection that has been here of late.
+        self._last_turns: OrderedDict[bytes, tuple[int, ...]] = OrderedDict()
 
     def __len__(self) -> int:
         return self._count
@@ -95,9 +96,9 @@ class Lanes(Generic[T]):
 
     def _note_turn(self, client: bytes) -> None:
         self._turns += 1
-        self._last_turns.setdefault(client, deque(maxlen=_IN_A_ROUND)).append(self._turns)
-        self._last_turns.move_to_end(client)
-        if len(self._last_turns) > _REMEMBERED:
+        self._last_turns[client] = (*self._last_turns.pop(client, ())[1 - _IN_A_ROUND :], self._turns)
+        # As many turns ago as nobody waits: it makes no difference. Each turn, one client at most gets that old.
+        if self._turns - next(iter(self._last_turns.values()))[-1] >= _REMEMBERED:
             self._last_turns.popitem(last=False)
 
 

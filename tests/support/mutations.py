@@ -295,15 +295,18 @@ class PoliteCaller:
             self.failure = error
 
 
-def send_all(socket: zmq.Socket[bytes], messages: Iterator[Frames], count: int, seed: int) -> Counter[str]:
-    """Send `count` messages with at most WINDOW unanswered; what the replies say, by status or error code."""
+def send_all(
+    socket: zmq.Socket[bytes], messages: Iterator[Frames], count: int, seed: int, within_s: float = REPLY_WITHIN_S
+) -> Counter[str]:
+    """Send `count` messages with at most WINDOW unanswered, and never none answered for `within_s`; what the replies
+    say, by status or error code."""
     outcomes: Counter[str] = Counter()
     sent = received = 0
     while received < count:
         while sent < count and sent - received < WINDOW:
             socket.send_multipart(next(messages))
             sent += 1
-        assert socket.poll(int(REPLY_WITHIN_S * 1000)), f"seed {seed}: {sent - received} of {sent} requests unanswered"
+        assert socket.poll(int(within_s * 1000)), f"seed {seed}: {sent - received} of {sent} requests unanswered"
         with contextlib.suppress(zmq.Again):
             while True:
                 outcomes[outcome(socket.recv_multipart(zmq.NOBLOCK)[-1])] += 1

@@ -8,6 +8,7 @@ that was held in each `LEAST_OF_S`: what is kept for good raises that too, and w
 from __future__ import annotations
 
 import random
+import sys
 import threading
 import time
 from collections import Counter, deque
@@ -19,10 +20,11 @@ from typing import Any, Final
 from memory_client import MemoryClient
 from tests.support.footprint import Footprint, footprint, slope_per_hour, wal_kib
 from tests.support.lossy_proxy import FAULTS, LossyProxy
-from tests.support.process import do_wrong, running_orchestrator
+from tests.support.process import PROJECT, do_wrong, running_orchestrator
 
 CLIENTS = 6
 KEPT = 100
+PAUSE_S = 0.02
 FAULT_S = 2.0
 # Beside the connections of the clients, which a fault makes anew.
 SLACK = 6
@@ -99,19 +101,27 @@ def soak(
     every_s: float,
     quiet_s: float,
     wrong: str = "",
+    measured: Path | None = None,
+    pause_s: float = PAUSE_S,
     **settings: Any,
 ) -> Soak:
     """Run the load for `warm_up_s` and then `lasts_s`, with a sample each `every_s` and a fault each `quiet_s`.
-    `wrong`: what the service is to do wrong, see programs/failing_orchestrator.py."""
+    `wrong`: what the service is to do wrong, see programs/failing_orchestrator.py. `measured`: where it is to write
+    what its memory is made of, see programs/measured_orchestrator.py. `pause_s`: of a client between two calls, on
+    average."""
     found, ended = Soak(), threading.Event()
     settings = {"network__heartbeat_s": 0.5, **STEADY, **settings}
     with running_orchestrator(folder, start=False, **settings) as orchestrator:
         if wrong:
             do_wrong(orchestrator, wrong)
+        if measured is not None:
+            orchestrator.command = [sys.executable, str(PROJECT / "tests" / "programs" / "measured_orchestrator.py")]
+            orchestrator.environ["MEASURED"] = str(measured)
         orchestrator.start()
         with LossyProxy(orchestrator.port, seed) as proxy:
             loads = [
-                threading.Thread(target=_load, args=(proxy.endpoint, n, seed, ended, found)) for n in range(CLIENTS)
+                threading.Thread(target=_load, args=(proxy.endpoint, n, seed, pause_s, ended, found))
+                for n in range(CLIENTS)
             ]
             loads.append(threading.Thread(target=_trouble, args=(proxy, seed, quiet_s, ended, found)))
             for load in loads:
@@ -140,12 +150,12 @@ def _trouble(proxy: LossyProxy, seed: int, quiet_s: float, ended: threading.Even
         found.faults += 1
 
 
-def _load(endpoint: str, number: int, seed: int, ended: threading.Event, found: Soak) -> None:
+def _load(endpoint: str, number: int, seed: int, pause_s: float, ended: threading.Event, found: Soak) -> None:
     """One client. It holds at most KEPT memories, of which the oldest goes for each new one."""
     chance = random.Random(f"load-{seed}-{number}")
     own: deque[str] = deque()
     with MemoryClient(endpoint, agent_id=f"load-{number}", namespace="soak", attempt_timeout_ms=1_000) as client:
-        while not ended.wait(chance.uniform(0.0, 0.04)):
+        while not ended.wait(chance.uniform(0.0, 2.0 * pause_s)):
             reply = _step(client, chance, own)
             found.outcomes[str(reply.get("error_code", reply["status"]))] += 1
 

@@ -28,6 +28,9 @@ BATCH = 5_000
 AGENTS = ("knowledge_base", "session_memory", "context_manager")
 # Of the mutated frames, how many the agents get each for one that the memory service gets.
 AGENT_SHARE = 0.05
+# A store that has taken in hundreds of thousands of frames is checked for minutes (run_integrity_check), and the check
+# may be the last to be answered.
+RUN_WITHIN_S = 900.0
 SERVICE_GROWTH_MB = 400.0
 AGENT_GROWTH_MB = 200.0
 POLITE_FACTOR = 10.0
@@ -77,7 +80,7 @@ def mutated_frames(run: Run) -> str:
                 if not run.goes_on(outcomes.total(), FRAMES):
                     break
                 for peer, messages, count in streams:
-                    outcomes += send_all(peer.socket, messages, count, run.seed)
+                    outcomes += send_all(peer.socket, messages, count, run.seed, RUN_WITHIN_S)
                 if round_number % 20 == 0:
                     run.say(f"{outcomes.total()} frames, {polite.rounds} rounds of a polite client")
         grown_mb = [resident_mb(pid) - before for pid, before in zip(pids, before_mb, strict=True)]

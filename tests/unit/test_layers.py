@@ -31,7 +31,7 @@ LAYERS = (
         "utterance_settings",
     ),
     ("carriers", "deployment", "log", "digest", "events", "keys", ""),
-    ("process_figures", "traffic", "turns", "protocol", "grants", "rates", "audit"),
+    ("allocator", "process_figures", "traffic", "turns", "protocol", "grants", "rates", "audit"),
     ("outbox", "bus_sender", "error_bus", "heartbeat", "bus_log", "bus_link", "bus_progress", "bus_reader"),
     (
         "breaker",

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import tracemalloc
+
+import pytest
 
 from memory_system.turns import CLIENT, Lanes, Turns
 
@@ -113,3 +116,44 @@ def test_what_comes_soon_is_told_and_not_taken() -> None:
     assert "".join(item.name for item in lanes.soon(100)) == "abcabaa"
     assert order(lanes) == "abcabaa"
     assert lanes.soon(3) == []
+
+
+REMEMBERED = 4096  # turns, as there are in a minute or so of load
+
+
+def test_of_clients_that_came_and_went_little_is_kept_and_not_for_long() -> None:
+    lanes: Lanes[Item] = Lanes()
+    tracemalloc.start()
+    try:
+        for number in range(REMEMBERED):
+            lanes.add(Item(f"{number:010}"))
+            lanes.pop()
+        crowded = tracemalloc.get_traced_memory()[0]
+        for _ in range(REMEMBERED):
+            lanes.add(Item("stays"))
+            lanes.pop()
+        alone = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert crowded < REMEMBERED * 300  # a deque for each would be three times that
+    assert alone < crowded * 0.7  # what is left is the table that they stood in
+
+
+def served(monkeypatch: pytest.MonkeyPatch, remembered: int) -> str:
+    """In what order clients are served of whom ten have much to do, and one comes back as soon as it was."""
+    monkeypatch.setattr("memory_system.turns._REMEMBERED", remembered)
+    lanes: Lanes[Item] = Lanes()
+    for name in "abcdefghij" * 100 + "v":
+        lanes.add(Item(name))
+    taken = []
+    for _ in range(500):
+        taken.append(lanes.pop().name)
+        if taken[-1] == "v":
+            lanes.add(Item("v"))
+    return "".join(taken)
+
+
+def test_what_is_forgotten_makes_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    all_turns = served(monkeypatch, 10**9)
+    assert served(monkeypatch, 11) == all_turns
+    assert served(monkeypatch, 1) != all_turns  # or else nothing here depends on what is remembered
