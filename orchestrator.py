@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from memory_system import log
 from memory_system.errors import AccessDenied, ShuttingDown
@@ -26,6 +26,9 @@ from memory_system.security.guard import Asked
 from memory_system.settings import Settings
 from memory_system.storage.first_look import FirstLook
 
+if TYPE_CHECKING:
+    from memory_system.runtime import Runtime
+
 logger = log.get_logger("orchestrator")
 
 # Objects that may be made before the collector looks for cycles: records and requests have none.
@@ -35,15 +38,13 @@ YOUNG_OBJECTS: Final = 20_000
 class Orchestrator:
     """Joins the socket to the parts behind it, and ends both in the right order."""
 
-    def __init__(self, settings: Settings, look: FirstLook | None = None) -> None:
-        # Most of a start is this import: meanwhile the store is looked at.
-        from memory_system.runtime import Runtime
+    runtime: Runtime
 
+    def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self._end = asyncio.Event()
         self._fatal: Exception | None = None
         self.gate = Gate.of(settings)
-        self.runtime = Runtime(settings, on_fatal=self._on_fatal, health=self._health, keys=self.gate, look=look)
         self.server = RequestServer(
             listen_address(settings.network.bind, settings.network.port),
             settings,
@@ -60,6 +61,11 @@ class Orchestrator:
             if self.gate is not None:
                 self.gate.open()
             self.server.bind()
+            self.runtime = self._made_runtime()
+        except BaseException:
+            self._close_sockets()
+            raise
+        try:
             await self.runtime.start(self._end.is_set)
         except BaseException as error:
             self._close_sockets()
@@ -76,6 +82,14 @@ class Orchestrator:
         await self._end.wait()
         await self._shut_down()
         return 0 if self._fatal is None else 1
+
+    def _made_runtime(self) -> Runtime:
+        # Most of a start is this import: meanwhile the store is looked at. It is locked from here on, and no sooner:
+        # who cannot listen is not the one whose store it is.
+        look = FirstLook(Path(self.settings.storage.path))
+        from memory_system.runtime import Runtime
+
+        return Runtime(self.settings, on_fatal=self._on_fatal, health=self._health, keys=self.gate, look=look)
 
     def _health(self) -> dict[str, Any]:
         figures = self.server.figures()
@@ -110,7 +124,7 @@ class Orchestrator:
 
 
 async def serve(settings: Settings) -> int:
-    return await Orchestrator(settings, FirstLook(Path(settings.storage.path))).run()
+    return await Orchestrator(settings).run()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -5,24 +5,25 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import orchestrator
-from memory_system.settings import Settings
-from memory_system.storage.first_look import FirstLook
+
+if TYPE_CHECKING:
+    from memory_system.runtime import Runtime
 
 
 class Synthetic(orchestrator.Orchestrator):
-    """Imports what it needs when the orchestrator itself does."""
-
-    def __init__(self, settings: Settings, look: FirstLook | None = None) -> None:
+    def _made_runtime(self) -> Runtime:
+        made = super()._made_runtime()
         from synthetic import SyntheticEmbedder
 
         from memory_system import runtime
 
         vars(runtime)["make_embedder"] = lambda _: SyntheticEmbedder(int(sys.argv[1]))
-        super().__init__(settings, look)
+        return made
 
 
 if __name__ == "__main__":

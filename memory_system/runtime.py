@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -67,6 +69,26 @@ def _brought_up(look: FirstLook, path: Path, settings: Settings, stopped: Callab
         if isinstance(error, sqlite3.Error):
             raise StorageFailed(f"{path} cannot be written: {error}") from error
         raise
+
+
+class _Opening:
+    """A store on its way to be written to, which is not let go of before that is over."""
+
+    def __init__(self, look: FirstLook, path: Path, settings: Settings, stopped: Callable[[], bool]) -> None:
+        self._given_up = threading.Event()
+        self._stopped = stopped
+        self.opened = asyncio.ensure_future(asyncio.to_thread(_brought_up, look, path, settings, self._is_over))
+
+    async def give_up(self) -> None:
+        """End it: nobody is going to write."""
+        self._given_up.set()
+        with contextlib.suppress(Exception):  # whoever waited for it has been told
+            db, keeper = await self.opened
+            keeper.close()
+            db.close()
+
+    def _is_over(self) -> bool:
+        return self._stopped() or self._given_up.is_set()
 
 
 class Runtime:
@@ -151,10 +173,11 @@ class Runtime:
     async def _open_store(self, stopped: Callable[[], bool]) -> None:
         look = self._look or FirstLook(self._path)
         self._closers.append(look.close)
-        opening = asyncio.ensure_future(asyncio.to_thread(_brought_up, look, self._path, self._settings, stopped))
-        if not (await asyncio.wait({opening}, timeout=_QUICK_START_S))[0]:
+        opening = _Opening(look, self._path, self._settings, stopped)
+        self._closers.append(opening.give_up)
+        if not (await asyncio.wait({opening.opened}, timeout=_QUICK_START_S))[0]:
             self._begin_heartbeats()
-        db, keeper = await opening
+        db, keeper = await opening.opened
         self._epoch = store_epoch(db)
         self._writer = Writer(
             db,
@@ -166,11 +189,11 @@ class Runtime:
             quota=Quota.of(self._settings.limits),
         )
         self._writer.start()
-        self._closers.append(self._writer.close)
+        self._closers[-1] = self._writer.close
 
     def _build_search(self) -> None:
         settings = self._settings
-        connect = partial(connect_reader, self._path)
+        connect, query_s = partial(connect_reader, self._path), settings.limits.query_s
         self._embedder = make_embedder(settings.embedding)
         self._embedder.on_state(self._on_embedder)
         self._embedding = EmbeddingQueue(
@@ -189,7 +212,6 @@ class Runtime:
             on_backfill=partial(self._soon, self._embedding.backfill),
             on_advance=partial(self._soon, self._on_advance),
         )
-        query_s = settings.limits.query_s
         self._engine = SearchEngine(
             settings.search, settings.lifecycle, self._path, self._index, connect, query_s, settings.ranking
         )

@@ -95,7 +95,7 @@ def nearest_of(heads: Floats, centres: Floats) -> npt.NDArray[np.uint16]:
     return found
 
 
-def centres_of(heads: Floats, count: int) -> Generator[bool, None, Floats]:
+def centres_of(heads: Floats, count: int) -> Generator[None, None, Floats]:
     """Centres of at most `count` cells, by Lloyd's method from some of the heads on: [cells, head]. In steps."""
     centres = heads[:: max(1, len(heads) // count)][:count].copy()
     for _ in range(_ROUNDS):
@@ -105,7 +105,7 @@ def centres_of(heads: Floats, count: int) -> Generator[bool, None, Floats]:
         starts = (sizes.cumsum() - sizes)[held]
         centres = np.add.reduceat(heads[np.argsort(cells, kind="stable")], starts, axis=0)
         centres /= sizes[held, None].astype(np.float32)
-        yield True
+        yield
     return centres
 
 

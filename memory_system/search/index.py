@@ -69,9 +69,8 @@ class SearchIndex:
     ) -> None:
         self._settings, self._expects_model = settings, expects_model
         self._folder = Path(f"{database_path}.index")
-        self._connect = connect
+        self._connect, self._clock = connect, clock
         self._on_backfill = on_backfill
-        self._clock = clock
         self.tokenizer = Tokenizer()
         self._lock = threading.Lock()
         self._applying = threading.Lock()  # who holds it may change the view; taken before the other
@@ -146,7 +145,7 @@ class SearchIndex:
         """The model whose vectors count from now on. Vectors of another one are dropped at once."""
         with self._lock:
             self._model = (model_id, dimension)
-            if self._view is not None and not self._is_current(self._view):
+            if self._view is not None and model_of(self._view) != self._model:
                 self._state = "loading"
                 forget_vectors(self._view)
         self._wake.set()
@@ -217,7 +216,7 @@ class SearchIndex:
             except LogGap as gap:
                 log.warning("search_index_gap", reason=str(gap))
             except loading.Closing:
-                break
+                continue  # another model came to be known, if it is not the end
             except Exception:  # a derived index that fails in any way is built anew; search goes on without it
                 log.exception("search_index_failed", action="the search index is built anew", retry_in_s=delay_s)
                 self._state = "failed"
@@ -232,29 +231,30 @@ class SearchIndex:
         conn = self._connect()
         try:
             view = self._load(conn)
-            while not self._closing.is_set() and self._is_current(view):
+            while self._is_wanted(model_of(view)):
                 self._wake.clear()
                 busy = self._apply(conn, view)
                 self._news.tell(view.seq)
                 busy = word_keeping.fill(conn, view, self._lock) or busy
                 busy = self._tidy(view) or busy
-                busy = (view.vectors is not None and view.vectors.improve(self._lock)) or busy
+                vectors = view.vectors if self._model else None  # nothing is made for a model that may not come
+                busy = (vectors is not None and vectors.improve(self._lock)) or busy
                 if self._saves or self._clock() - self._snapshot_at_s >= self._settings.snapshot_s:
                     self._save(view)
                 if not busy and self._wake.wait(_POLL_S):
                     self._closing.wait(self._gather_s)
-            if self._is_current(view):
+            if self._model in (None, model_of(view)):
                 self._save(view)
         finally:
             conn.close()
 
-    def _is_current(self, view: View) -> bool:
-        return self._model in (None, model_of(view))
+    def _is_wanted(self, model: tuple[str, int] | None) -> bool:
+        return not self._closing.is_set() and self._model in (None, model)
 
     def _load(self, conn: sqlite3.Connection) -> View:
         started_s = self._clock()
         model = self._model or (feed.written_with(conn) if self._expects_model else None)
-        view = loading.read(self._connect, self._settings, self.tokenizer, model, self._closing.is_set)
+        view = loading.read(self._connect, self._settings, self.tokenizer, model, lambda: not self._is_wanted(model))
         loading.take_over(conn, view, self._view, self._applying, self._folder, self._settings)
         with self._lock:
             if self._model not in (None, model):

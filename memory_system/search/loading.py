@@ -8,7 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from itertools import chain
 from pathlib import Path
@@ -33,10 +33,12 @@ _AT_ONCE: Final = 5_000
 
 # Batches of vectors that wait to be taken in.
 _AHEAD: Final = 4
+# Of SQLite's machine, between two looks whether the index is being closed.
+_LOOK_STEPS: Final = 100_000
 
 
 class Closing(Exception):
-    """The index is being closed while it loads."""
+    """The index is being closed while it loads, or what it loads has become of no use."""
 
 
 def read(
@@ -52,7 +54,7 @@ def read(
         vectors = VectorIndex(columns, model[1], settings) if model else None
         model_id = model[0] if model else None
         view = View(columns, vectors, WordIndex(tokenizer), model_id, feed.store_epoch(conn), seq)
-        with _ahead(connect, model) as embedded:
+        with _ahead(connect, model, is_closing) as embedded:
             _take_in(view, feed.read_all(conn, bool(settings.filterable_metadata)), embedded, is_closing)
         columns.settle()
     return view
@@ -77,7 +79,9 @@ def _take_in(view: View, batches: Iterator[Rows], embedded: Iterator[Embedded], 
 
 
 @contextlib.contextmanager
-def _ahead(connect: Callable[[], sqlite3.Connection], model: tuple[str, int] | None) -> Iterator[Iterator[Embedded]]:
+def _ahead(
+    connect: Callable[[], sqlite3.Connection], model: tuple[str, int] | None, is_closing: Callable[[], bool]
+) -> Iterator[Iterator[Embedded]]:
     """The unit vectors of the model, which a thread of their own reads ahead of whoever asks for them.
 
     Their state of the database may be later than that of the rows: a vector is one of a row's by the digest of its
@@ -87,18 +91,31 @@ def _ahead(connect: Callable[[], sqlite3.Connection], model: tuple[str, int] | N
         yield iter(())
         return
     with contextlib.closing(connect()) as conn, ThreadPoolExecutor(1, "search-vectors") as thread:
+        # Where few vectors are of the model, one statement passes the whole table.
+        conn.set_progress_handler(is_closing, _LOOK_STEPS)
         batches = map(units, feed.read_vectors(conn, *model))
         waiting = deque(thread.submit(next, batches, None) for _ in range(_AHEAD))
 
         def each() -> Iterator[Embedded]:
-            while (found := waiting.popleft().result()) is not None:
+            while (found := _closing_or(is_closing, waiting.popleft())) is not None:
                 waiting.append(thread.submit(next, batches, None))
                 yield found
 
         try:
             yield each()
         finally:
+            conn.interrupt()
             thread.shutdown(cancel_futures=True)
+
+
+def _closing_or(is_closing: Callable[[], bool], reading: Future[Embedded | None]) -> Embedded | None:
+    """What was read. Raises Closing for what was broken off because of that."""
+    try:
+        return reading.result()
+    except sqlite3.OperationalError:
+        if is_closing():
+            raise Closing from None
+        raise
 
 
 def take_over(

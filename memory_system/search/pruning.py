@@ -190,12 +190,15 @@ class _Texts:
 
     def scores(self) -> Floats:
         """What the texts score, added in the order of the terms."""
-        added = np.zeros((len(self._formula.weights), len(self.slots)), np.float32)
+        terms = sorted(self._places.sizes)  # the others add nothing
+        row_of = np.zeros(len(self._formula.weights), np.int64)
+        row_of[terms] = np.arange(len(terms))
+        added = np.zeros((len(terms), len(self.slots)), np.float32)
         for slots, which, parts in self._read:
             at, columns = self._postings.scratch.among(slots, self.slots)
-            added[which[at], columns] = parts[at]
-        for term, row in self._rows.items():
-            added[term] = row
+            added[row_of[which[at]], columns] = parts[at]
+        for term, looked_up in self._rows.items():
+            added[row_of[term]] = looked_up
         scores = np.zeros(len(self.slots), np.float32)
         for row in added:
             scores += row

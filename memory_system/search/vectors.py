@@ -19,6 +19,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from memory_system.log import get_logger
 from memory_system.search.arranging import Arranging
 from memory_system.search.blocks import Blocks
 from memory_system.search.cells import Cells
@@ -28,6 +29,8 @@ from memory_system.search.narrowing import FIRST, Narrowing, by_all, by_cells
 from memory_system.search.rows import Embedded
 from memory_system.search.sketch import NEAREST, SAMPLE, Sketch, fit
 from memory_system.settings import SearchSettings
+
+log = get_logger(__name__)
 
 Vectors = npt.NDArray[np.float32]
 Found = tuple[Ids, npt.NDArray[np.float32]]
@@ -92,6 +95,7 @@ class VectorIndex:
         self._sketch: Sketch | None = None
         self._cells: Cells | None = None
         self._arranging: Arranging | None = None
+        self._cells_from = 0  # vectors, where making cells failed with fewer
         self._fitted_at = 0  # how many vectors there were
         self._count = 0
         self._meanwhile: set[int] | None = None  # slots written while a sketch is made
@@ -239,7 +243,9 @@ class VectorIndex:
         """Find the axes of the vectors as they are now, and shorten them all."""
         with lock:
             slots, top = np.flatnonzero(self._columns.has_vector), self._columns.top
-            self._fitted_at = max(1, len(slots))
+            if not len(slots):
+                return  # they are of another model than the one to come: this index is on its way out
+            self._fitted_at = len(slots)
             self._meanwhile = set()
         sample = slots[slots < top][:: max(1, len(slots) // SAMPLE)]
         axes = fit(self._matrix.rows(sample))
@@ -256,7 +262,7 @@ class VectorIndex:
         return self._count > self._settings.exact_max and self._count >= _REFIT * self._fitted_at
 
     def _cells_due(self) -> bool:
-        if self._sketch is None or self._count < max(_CELLS_FROM, self._settings.exact_max):
+        if self._sketch is None or self._count < max(_CELLS_FROM, self._settings.exact_max, self._cells_from):
             return False
         order = self._sketch.order
         return order is None or order.loose > _LOOSE_SHARE * order.top
@@ -271,7 +277,14 @@ class VectorIndex:
                     return  # they are of another model than the one to come: this index is on its way out
                 self._meanwhile = set()
             self._arranging = Arranging(self._sketch.axes, self._matrix, slots)
-        if self._arranging.step():
+        try:
+            if self._arranging.step():
+                return
+        except Exception:  # cells only make searches faster: whatever keeps them from being made, search goes on
+            log.exception("search_cells_failed", action="searches read all short forms")
+            self._arranging, self._cells_from = None, self._count + self._count // 8
+            with lock:
+                self._meanwhile = None
             return
         made, self._arranging = self._arranging.made, None
         assert made is not None

@@ -32,7 +32,7 @@ def put(view: View, entry: feed.Entry) -> None:
     """Insert or replace a row. The words of a new content are to be added after it."""
     row, blob = entry
     if not holds(view, row.row_id, row.digest):
-        forget_words(view, row.row_id)
+        forget_texts(view, row.row_id)
     slot = view.columns.put(row)
     if view.vectors is None:
         return
@@ -57,10 +57,13 @@ def holds(view: View, row_id: int, digest: bytes) -> bool:
     return slot is not None and view.columns.digests[slot].tobytes() == digest
 
 
-def forget_words(view: View, row_id: int) -> None:
+def forget_texts(view: View, row_id: int) -> None:
+    """The words of a row, and the vector."""
     slot = view.columns.slot(row_id)
     if slot is not None:
         view.words.remove(slot)
+        if view.vectors is not None:
+            view.vectors.drop(slot)
 
 
 def model_of(view: View) -> tuple[str, int] | None:

@@ -23,7 +23,7 @@ _PAGES_S: Final = 1.0
 # SQLite looks at all pages in one step, which versions before 3.42 do not end when they are told to.
 _PAGES_BYTES: Final = 1 << 30
 # Of SQLite's machine, between two looks at the time: at each, it waits for whoever has the interpreter.
-_LOOK_STEPS: Final = 1_000_000
+_LOOK_STEPS: Final = 100_000
 _WAYS: Final = (
     "put the missing file back, or restore a backup (make restore FROM=latest), "
     "or accept the store as it is (make accept-store)"

@@ -7,6 +7,7 @@ import contextlib
 import os
 import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import threading
@@ -15,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -113,6 +115,22 @@ def test_an_idle_orchestrator_stops_at_once_and_keeps_its_store(tmp_path: Path, 
         assert orchestrator.ask("get_memory", memory_id=memory_id)["memory"]["content"] == "kept"
 
 
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_start_that_has_only_just_begun_can_be_ended(tmp_path: Path, sent: signal.Signals) -> None:
+    with running_orchestrator(tmp_path, start=False) as orchestrator:
+        process = orchestrator.process = orchestrator.launch()
+        wait_until(lambda: can_connect(orchestrator.port), "it has its port, and imports what it needs")
+        process.send_signal(sent)
+        assert process.wait(30.0) == 0
+        assert "Traceback" not in orchestrator.errors()
+        orchestrator.restart()
+
+
+def can_connect(port: int) -> bool:
+    with socket.socket() as sock:
+        return sock.connect_ex(("127.0.0.1", port)) == 0
+
+
 def test_a_killed_orchestrator_starts_again_with_what_it_acknowledged(orchestrator: Orchestrator) -> None:
     ids = [orchestrator.ask("add_memory", content=f"{number}")["memory_id"] for number in range(20)]
     sequence = orchestrator.ask("get_commit_seq")["commit_seq"]
@@ -145,7 +163,7 @@ def test_a_second_instance_on_the_same_port_names_the_port(orchestrator: Orchest
     assert status == 1
     assert f":{orchestrator.port}" in line
     assert "network.port" in line
-    assert not (tmp_path / "other.db").exists()
+    assert list(tmp_path.glob("other.db*")) == []
     assert orchestrator.ask("health_check")["pid"] == orchestrator.pid
 
 
@@ -233,7 +251,7 @@ def test_peers_that_are_not_named_are_refused_in_words() -> None:
         security = SecuritySettings(allow_insecure=True, insecure_peers=("198.51.100.0/24",))
         service = Service(replace(Settings(), network=NetworkSettings(bind="0.0.0.0"), security=security))
         outcomes = service.server._answerer = Outcomes()
-        service.runtime.guard = Guard()
+        service.runtime = SimpleNamespace(guard=Guard())
         try:
             for address in ("127.0.0.1", "198.51.100.7", "203.0.113.9"):
                 service.server.router._deliver([b"peer", b"", b"body"], Sender(address, None))

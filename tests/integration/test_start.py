@@ -225,6 +225,21 @@ def test_a_failure_to_read_vectors_fails_the_load(store: SearchStore, monkeypatc
     assert found == fresh(store)
 
 
+def test_a_load_that_is_of_no_use_any_more_is_broken_off_within_a_statement(
+    store: SearchStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.add("text", VECTORS[0])
+    vain = threading.Event()
+
+    def endless(conn: sqlite3.Connection, *_: Any) -> Any:
+        vain.set()
+        conn.execute("WITH RECURSIVE n(i) AS (VALUES (1) UNION ALL SELECT i + 1 FROM n) SELECT sum(i) FROM n")
+
+    monkeypatch.setattr(feed, "_read_vectors", endless)
+    with pytest.raises(loading.Closing):
+        loading.read(store.connect, SETTINGS, Tokenizer(), (MODEL, DIMENSION), vain.is_set)
+
+
 def test_what_sqlite_puts_together_wrongly_is_not_believed(store: SearchStore, monkeypatch: pytest.MonkeyPatch) -> None:
     store.add("text", VECTORS[0])
     read = feed._read_vectors
@@ -324,6 +339,29 @@ def test_another_model_than_the_expected_one_is_loaded_anew(
         assert not index.has_vector(row) and index.state == "loading"
         wait_until(lambda: index.state == "ready" and told == [[row]])
         assert loads == [(MODEL, DIMENSION), model] and index.pending("default") == 1
+    finally:
+        index.close()
+
+
+def test_a_load_for_another_model_is_broken_off(store: SearchStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = store.add("text", VECTORS[0])
+    began = threading.Event()
+    read = feed._read_vectors
+
+    def slow_of_the_old(conn: sqlite3.Connection, after: int, model_id: str, size: int) -> Any:
+        if model_id == MODEL:
+            began.set()
+            conn.execute("WITH RECURSIVE n(i) AS (VALUES (1) UNION ALL SELECT i + 1 FROM n) SELECT sum(i) FROM n")
+        return read(conn, after, model_id, size)
+
+    monkeypatch.setattr(feed, "_read_vectors", slow_of_the_old)
+    told: list[list[int]] = []
+    index = SearchIndex(SETTINGS, store.path, store.connect, expects_model=True, on_backfill=told.append)
+    index.start()
+    try:
+        assert began.wait(10.0)
+        index.set_model("model-b", DIMENSION)
+        wait_until(lambda: index.state == "ready" and told == [[row]])
     finally:
         index.close()
 

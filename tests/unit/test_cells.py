@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -11,7 +14,8 @@ import numpy as np
 import pytest
 from threadpoolctl import threadpool_limits
 
-from memory_system.search import narrowing, vectors
+from memory_system.search import arranging, narrowing, vectors
+from memory_system.search.arranging import Arranging
 from memory_system.search.cells import runs
 from memory_system.search.columns import Columns
 from memory_system.search.order import NONE, Order
@@ -212,6 +216,51 @@ def test_vectors_that_have_all_gone_want_no_cells() -> None:
     index._columns.drop_vectors()
     assert index.improve(LOCK) and index.improve(LOCK)
     assert len(index.search(clustered(1)[0], np.ones(1500, np.bool_), K)[0]) == 0
+
+
+def test_vectors_that_have_all_gone_want_no_axes() -> None:
+    index = index_of(clustered(1500), in_cells=False)
+    index._columns.drop_vectors()
+    assert index.improve(LOCK) and index.improve(LOCK)
+    assert len(index.search(clustered(1)[0], np.ones(1500, np.bool_), K)[0]) == 0
+
+
+def test_cells_that_cannot_be_made_are_tried_again_when_there_is_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_memory(*_: object) -> float:
+        raise MemoryError
+
+    monkeypatch.setattr(arranging, "left_out", without_memory)
+    made = clustered(3000)
+    index = index_of(made)
+    mask = np.ones(3000, np.bool_)
+    assert index._cells is None and not index.improving and recall(index, mask, clustered(30, seed=9)) >= 0.98
+    index.put(7, -made[7])
+    assert index.search(-made[7], mask, 1)[0].tolist() == [7], "writes count as before"
+    monkeypatch.undo()
+    monkeypatch.setattr(vectors, "_CELLS_FROM", 1000)
+    for row_id, vector in enumerate(clustered(374, seed=2), start=10_000):
+        put(index, row_id, vector)
+    assert not index.improve(LOCK)
+    put(index, 20_000, made[1])
+    while index.improve(LOCK):
+        pass
+    assert order_of(index).top == 3375 and index._cells is not None
+
+
+def test_what_cells_are_made_of_is_let_go_with_them() -> None:
+    index = index_of(clustered(1500), in_cells=False)
+    assert index.improve(LOCK) and index._sketch is not None
+    gc.disable()
+    try:
+        making = Arranging(index._sketch.axes, index._matrix, np.arange(1500))
+        assert making.step() and making.step()
+        gone = weakref.ref(making)
+        holders = sys.getrefcount(index._matrix)
+        del making
+        left = sys.getrefcount(index._matrix)
+    finally:
+        gc.enable()
+    assert gone() is None and left < holders
 
 
 def test_searches_and_writes_go_on_beside_the_making() -> None:
