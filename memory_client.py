@@ -12,20 +12,21 @@ been done; repeating it with the same request_id is safe).
 
 from __future__ import annotations
 
-import asyncio
 import math
 import os
 import time
 from collections.abc import Coroutine
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import zmq
 
 from memory_system.client_api import ClientMethods
 from memory_system.client_core import Call, Reply
 from memory_system.client_link import FIRST_WAIT_MS, Link, Pool, only
-from memory_system.client_pipe import MAX_IN_FLIGHT, Pipe
 from memory_system.errors import AccessDenied, ClientClosed, RequestTimeout, Unreachable
+
+if TYPE_CHECKING:
+    from memory_system.client_pipe import Pipe
 
 # How soon a waiting thread notices that the client was closed.
 CLOSE_CHECK_MS: Final = 100
@@ -186,7 +187,7 @@ class AsyncMemoryClient(ClientMethods[Coroutine[Any, Any, Reply]]):
     async def _drive(self, call: Call) -> None:
         pipe = self._pipe()
         if not await pipe.acquire(call.deadline_s):
-            call.fail(RequestTimeout(f"{MAX_IN_FLIGHT} other calls of this client were under way all the time"))
+            call.fail(RequestTimeout(f"{pipe.places} other calls of this client were under way all the time"))
             return
         try:
             while call.reply is None:
@@ -208,6 +209,11 @@ class AsyncMemoryClient(ClientMethods[Coroutine[Any, Any, Reply]]):
         return pipe is not None and pipe.is_connected_again()
 
     def _pipe(self) -> Pipe:
+        # Who has an event loop has imported asyncio already; for others it would be a third of this module's import.
+        import asyncio
+
+        from memory_system.client_pipe import Pipe
+
         pipe: Pipe | None = self._connections.get(os.getpid())
         if pipe is None or pipe.loop is not asyncio.get_running_loop():
             self._close_pipe()

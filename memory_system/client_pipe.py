@@ -32,6 +32,8 @@ class Pipe:
     call takes nobody's message with it.
     """
 
+    places: Final = MAX_IN_FLIGHT
+
     def __init__(self, endpoint: str, connect_timeout_ms: int, key: KeyFile | None = None) -> None:
         self.loop = asyncio.get_running_loop()
         self.pid = os.getpid()

@@ -110,7 +110,7 @@ if child:
 
 
 def test_importing_the_client_stays_light() -> None:
-    heavy = ["yaml", "structlog", "tenacity", "msgspec", "numpy", "torch", "aiosqlite", "redis", "hnswlib"]
+    heavy = ["asyncio", "yaml", "structlog", "tenacity", "msgspec", "numpy", "torch", "aiosqlite", "redis", "hnswlib"]
     script = f"""
 import sys, os
 import memory_client
