@@ -12,6 +12,7 @@ import math
 import re
 import typing
 from collections.abc import Callable
+from functools import cache
 from typing import Any, TypeVar
 
 import msgspec
@@ -19,8 +20,7 @@ from msgspec import Raw, Struct
 
 from memory_system import protocol
 from memory_system.errors import InvalidField, InvalidRequest, MemorySystemError, RequestTooLarge, UnsupportedVersion
-from memory_system.export_models import LINES, AnyLine
-from memory_system.models import PARAMS, Envelope, UpdatePayload
+from memory_system.models import Envelope
 
 T = TypeVar("T", bound=Struct)
 
@@ -34,17 +34,12 @@ _REGEX = re.compile(r" matching regex .*$", re.DOTALL)
 _STRINGS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 _LARGE_JSON = 1024 * 1024
 
-_TYPES: tuple[type[Struct], ...] = (
-    *(Envelope, UpdatePayload, AnyLine),
-    *dict.fromkeys(PARAMS.values()),
-    *LINES.values(),
-)
-_LAX: dict[type[Struct], type[Struct]] = {
-    cls: msgspec.defstruct(
-        f"Lax{cls.__name__}", [], bases=(cls,), frozen=True, kw_only=True, forbid_unknown_fields=False
-    )
-    for cls in _TYPES
-}
+
+@cache
+def _lax(cls: type[Struct]) -> type[Struct]:
+    """The same type, which ignores fields that it does not know."""
+    name = f"Lax{cls.__name__}"
+    return msgspec.defstruct(name, [], bases=(cls,), frozen=True, kw_only=True, forbid_unknown_fields=False)
 
 
 class Encoding:
@@ -55,8 +50,9 @@ class Encoding:
         self.null = encoder.encode(None)
         self.encode: Callable[[Any], bytes] = encoder.encode
         self._decode = decode
-        self._strict = {cls: decoder(cls).decode for cls in _TYPES}
-        self._lax = {cls: decoder(_LAX[cls]).decode for cls in _TYPES}
+        # Made when a type first comes: making all would be a fifth of what importing the service takes.
+        self._strict = cache(lambda cls: decoder(cls).decode)
+        self._lax = cache(lambda cls: decoder(_lax(cls)).decode)
         self._items = decoder(list[Raw]).decode
 
     def __repr__(self) -> str:
@@ -68,7 +64,7 @@ class Encoding:
         Raises InvalidField with the path of the field below `where`, InvalidRequest when the bytes are malformed.
         """
         try:
-            return self._strict[cls](raw), None
+            return self._strict(cls)(raw), None
         except msgspec.ValidationError as error:
             unknown = _UNKNOWN.match(str(error))
             if unknown is None or not lax:
@@ -76,7 +72,7 @@ class Encoding:
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise _malformed(error, where) from None
         try:
-            return self._lax[cls](raw), unknown.group(1)
+            return self._lax(cls)(raw), unknown.group(1)
         except msgspec.ValidationError as error:
             raise _field_error(error, cls, where) from None
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
