@@ -87,9 +87,13 @@ class Orchestrator:
         # Most of a start is this import: meanwhile the store is looked at. It is locked from here on, and no sooner:
         # who cannot listen is not the one whose store it is.
         look = FirstLook(Path(self.settings.storage.path))
-        from memory_system.runtime import Runtime
+        try:
+            from memory_system.runtime import Runtime
 
-        return Runtime(self.settings, on_fatal=self._on_fatal, health=self._health, keys=self.gate, look=look)
+            return Runtime(self.settings, on_fatal=self._on_fatal, health=self._health, keys=self.gate, look=look)
+        except BaseException:
+            look.close()
+            raise
 
     def _health(self) -> dict[str, Any]:
         figures = self.server.figures()

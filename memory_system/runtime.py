@@ -177,7 +177,7 @@ class Runtime:
         self._closers.append(opening.give_up)
         if not (await asyncio.wait({opening.opened}, timeout=_QUICK_START_S))[0]:
             self._begin_heartbeats()
-        db, keeper = await opening.opened
+        db, keeper = await asyncio.shield(opening.opened)
         self._epoch = store_epoch(db)
         self._writer = Writer(
             db,

@@ -259,9 +259,8 @@ class SearchIndex:
         with self._lock:
             if self._model not in (None, model):
                 return view  # it came to be known meanwhile: the caller sees that, and loads anew
-            self._view = view
+            self._view, self._state = view, "ready"
             self._loaded.set()
-        self._state = "ready"
         seconds = round(self._clock() - started_s, 3)
         log.info("search_index_ready", rows=len(view.columns), seq=view.seq, seconds=seconds)
         if view.vectors is not None and (missing := view.columns.missing()):

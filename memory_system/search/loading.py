@@ -97,7 +97,7 @@ def _ahead(
         waiting = deque(thread.submit(next, batches, None) for _ in range(_AHEAD))
 
         def each() -> Iterator[Embedded]:
-            while (found := _closing_or(is_closing, waiting.popleft())) is not None:
+            while (found := _closing_or(waiting.popleft())) is not None:
                 waiting.append(thread.submit(next, batches, None))
                 yield found
 
@@ -108,12 +108,12 @@ def _ahead(
             thread.shutdown(cancel_futures=True)
 
 
-def _closing_or(is_closing: Callable[[], bool], reading: Future[Embedded | None]) -> Embedded | None:
+def _closing_or(reading: Future[Embedded | None]) -> Embedded | None:
     """What was read. Raises Closing for what was broken off because of that."""
     try:
         return reading.result()
-    except sqlite3.OperationalError:
-        if is_closing():
+    except sqlite3.OperationalError as error:
+        if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_INTERRUPT:
             raise Closing from None
         raise
 

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import math
+import time
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, Final
@@ -44,6 +45,8 @@ _REFIT: Final = 4
 _CELLS_FROM: Final = 300_000
 # Cells are made anew when this share of all stands behind them.
 _LOOSE_SHARE: Final = 0.125
+# Making cells that failed is tried again after this.
+_AGAIN_S: Final = 600.0
 # What was written while something was made is taken in with the lock held, if it is no more than this.
 _TAKEN_IN: Final = 256
 # Below this share of allowed rows a graph would mostly return rows that are to be dropped.
@@ -95,7 +98,7 @@ class VectorIndex:
         self._sketch: Sketch | None = None
         self._cells: Cells | None = None
         self._arranging: Arranging | None = None
-        self._cells_from = 0  # vectors, where making cells failed with fewer
+        self._cells_from_s = 0.0  # not before, by the monotonic clock
         self._fitted_at = 0  # how many vectors there were
         self._count = 0
         self._meanwhile: set[int] | None = None  # slots written while a sketch is made
@@ -262,7 +265,9 @@ class VectorIndex:
         return self._count > self._settings.exact_max and self._count >= _REFIT * self._fitted_at
 
     def _cells_due(self) -> bool:
-        if self._sketch is None or self._count < max(_CELLS_FROM, self._settings.exact_max, self._cells_from):
+        if self._sketch is None or self._count < max(_CELLS_FROM, self._settings.exact_max):
+            return False
+        if time.monotonic() < self._cells_from_s:
             return False
         order = self._sketch.order
         return order is None or order.loose > _LOOSE_SHARE * order.top
@@ -281,8 +286,8 @@ class VectorIndex:
             if self._arranging.step():
                 return
         except Exception:  # cells only make searches faster: whatever keeps them from being made, search goes on
-            log.exception("search_cells_failed", action="searches read all short forms")
-            self._arranging, self._cells_from = None, self._count + self._count // 8
+            log.exception("search_cells_failed", action="searches go on as before", retry_in_s=_AGAIN_S)
+            self._arranging, self._cells_from_s = None, time.monotonic() + _AGAIN_S
             with lock:
                 self._meanwhile = None
             return

@@ -296,6 +296,40 @@ def test_while_it_lasts_the_service_says_that_it_starts(tmp_path: Path, monkeypa
     asyncio.run(started())
 
 
+def test_a_start_that_is_given_up_meanwhile_lets_go_of_the_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = load_settings(environ={**environment(tmp_path, {}), "MEMORY_CONFIG": os.devnull})
+    store = Path(settings.storage.path)
+    running, waits = threading.Event(), threading.Event()
+
+    def endless(*_: Any, stopped: Callable[[], bool]) -> int:
+        running.set()
+        while not stopped():
+            time.sleep(0.01)
+        raise ShuttingDown("stopped")
+
+    async def given_up() -> None:
+        service = runtime.Runtime(settings, on_fatal=print, health=dict)
+        start = asyncio.create_task(service.start())
+
+        async def is_waiting() -> bool:
+            return running.is_set() and waits.is_set()
+
+        await eventually(is_waiting)
+        await asyncio.sleep(0)
+        start.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await start
+        await service.close()
+
+    monkeypatch.setattr(rebase, "bring_up", endless)
+    monkeypatch.setattr(runtime, "_QUICK_START_S", 0.01)
+    monkeypatch.setattr(runtime.Reporting, "start", lambda *_: waits.set())
+    asyncio.run(given_up())
+    database.lock_store(store).release()
+
+
 def test_the_service_re_bases_before_it_answers(tmp_path: Path) -> None:
     with running_orchestrator(tmp_path) as first:
         memory_id = first.ask("add_memory", content="x", importance=0.8)["memory_id"]
