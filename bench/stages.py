@@ -85,8 +85,10 @@ TIMED: Final[tuple[tuple[Any, str, str], ...]] = (
     (Dispatcher, "_success", "encode"),
     (GroupRunner, "run", "store"),
     (memories, "insert", "store"),
-    (idempotency, "replay", "idempotency"),
-    (idempotency, "store", "idempotency"),
+    (idempotency.Keys, "look_up", "idempotency"),
+    (idempotency.Keys, "replay", "idempotency"),
+    (idempotency.Keys, "keep", "idempotency"),
+    (idempotency.Keys, "write", "idempotency"),
 )
 # Stages of the writer's thread, which waits for the disk.
 WRITERS: Final = ("store", "idempotency")

@@ -257,16 +257,15 @@ class Router:
             self._own_context.term()
 
     def _receive(self) -> None:
-        self._scheduled = False
         if self._socket.closed:
             return
+        again = True  # if the receiver fails at one message, those behind it are still to be read
         try:
-            again = self._drain()
-        except BaseException:
-            self.schedule()  # the receiver failed at one message; those behind it are still to be read
-            raise
-        if again:
-            self.schedule()
+            again = self._drain()  # which looks after each reply that it sends, so none of them schedules another
+        finally:
+            self._scheduled = False
+            if again:
+                self.schedule()
 
     def _drain(self) -> bool:
         """Read at most a batch, for a short time; whether there may be more to read now."""

@@ -26,6 +26,10 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
+def test_what_it_times_is_there(stages: ModuleType) -> None:
+    assert [name for owner, name, _ in stages.TIMED if name not in vars(owner)] == []
+
+
 @pytest.mark.parametrize(
     ("error", "status", "line"),
     [
