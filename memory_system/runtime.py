@@ -215,7 +215,7 @@ class Runtime:
         self._engine = SearchEngine(
             settings.search, settings.lifecycle, self._path, self._index, connect, query_s, settings.ranking
         )
-        self._own_writes = OwnWrites(self._index.has_vector)
+        self._own_writes = OwnWrites(self._index.has_vector, self._index.pace.hurry)
         self._closers += [
             lambda: asyncio.to_thread(self._engine.close),
             lambda: asyncio.to_thread(self._index.close),

@@ -20,18 +20,13 @@ from memory_system.log import get_logger
 from memory_system.search import feed, graph_file, loading, word_keeping
 from memory_system.search.following import LogGap, follow
 from memory_system.search.news import News, Saves
+from memory_system.search.pace import Pace
 from memory_system.search.tokens import Tokenizer
 from memory_system.search.view import View, forget_vectors, has_vector, model_of
 from memory_system.settings import SearchSettings
 
 log = get_logger(__name__)
 
-# A missed notification costs at most this.
-_POLL_S: Final = 1.0
-# Under a stream of commits, some are applied together: searches look at what is not applied yet by themselves.
-_GATHER_S: Final = 0.005
-_GATHER_STREAM_S: Final = 0.03
-_STREAM: Final = 32  # changes in one batch
 _RETRY_S: Final = (0.5, 30.0)
 # Batches of the log that a search follows by itself before it does without the rest.
 _CATCH_UP: Final = 32
@@ -72,16 +67,15 @@ class SearchIndex:
         self._connect, self._clock = connect, clock
         self._on_backfill = on_backfill
         self.tokenizer = Tokenizer()
+        self.pace = Pace()
         self._lock = threading.Lock()
         self._applying = threading.Lock()  # who holds it may change the view; taken before the other
         self._view: View | None = None
         self._loaded = threading.Event()
         self._news = News(on_missing, on_advance)
-        self._gather_s = _GATHER_S
         self._purged_at_s = clock() - _PURGE_S + _PURGE_AFTER_START_S
         self._model: tuple[str, int] | None = None
         self._state = "loading"
-        self._wake = threading.Event()
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
         self._snapshot_at_s = clock()
@@ -124,19 +118,19 @@ class SearchIndex:
 
     def notify(self) -> None:
         """Something was committed. Cheap, from any thread."""
-        self._wake.set()
+        self.pace.tell()
 
     def save_soon(self) -> Future[bool]:
         """Have graph and words saved, once the index is loaded: False when there is none, or no change since the last
         time, or it could not be saved, which the log tells."""
         wanted = self._saves.ask()
-        self._wake.set()
+        self.pace.tell()
         return wanted
 
     def close(self) -> None:
         """Stop following; graph and words are saved if they changed. Idempotent."""
         self._closing.set()
-        self._wake.set()
+        self.pace.stop()
         if self._thread is not None:
             self._thread.join()
         self._saves.cancel()
@@ -148,7 +142,7 @@ class SearchIndex:
             if self._view is not None and model_of(self._view) != self._model:
                 self._state = "loading"
                 forget_vectors(self._view)
-        self._wake.set()
+        self.pace.tell()
 
     @contextmanager
     def reading(self) -> Iterator[View | None]:
@@ -168,9 +162,9 @@ class SearchIndex:
                 with self._applying:
                     if view.seq < target:
                         self._follow(conn, view)
-                self._wake.set()
+                self.pace.tell()
         except LogGap:
-            self._wake.set()  # the thread finds it too, and loads anew
+            self.pace.tell()  # the thread finds it too, and loads anew
         return view.seq >= target
 
     def wait_loaded(self, timeout_s: float) -> bool:
@@ -185,7 +179,7 @@ class SearchIndex:
             if self._view is None:
                 return False
             word_keeping.begin_anew(self._folder, self._view)
-        self._wake.set()
+        self.pace.tell()
         return True
 
     def wrong_words(self, conn: sqlite3.Connection, texts: Sequence[feed.Text]) -> list[int]:
@@ -232,7 +226,7 @@ class SearchIndex:
         try:
             view = self._load(conn)
             while self._is_wanted(model_of(view)):
-                self._wake.clear()
+                self.pace.begin()
                 busy = self._apply(conn, view)
                 self._news.tell(view.seq)
                 busy = word_keeping.fill(conn, view, self._lock) or busy
@@ -241,8 +235,8 @@ class SearchIndex:
                 busy = (vectors is not None and vectors.improve(self._lock)) or busy
                 if self._saves or self._clock() - self._snapshot_at_s >= self._settings.snapshot_s:
                     self._save(view)
-                if not busy and self._wake.wait(_POLL_S):
-                    self._closing.wait(self._gather_s)
+                if not busy:
+                    self.pace.wait()
             if self._model in (None, model_of(view)):
                 self._save(view)
         finally:
@@ -269,16 +263,14 @@ class SearchIndex:
         return view
 
     def _apply(self, conn: sqlite3.Connection, view: View) -> bool:
-        """Follow the log by one batch; whether there was one. Raises LogGap."""
+        """Follow the log by one batch; whether there may be more by now. Raises LogGap."""
         with self._applying, feed.snapshot(conn):
             return self._follow(conn, view)
 
     def _follow(self, conn: sqlite3.Connection, view: View) -> bool:
         count, missing = follow(conn, view, self._lock, bool(self._settings.filterable_metadata))
         self._news.note(missing)
-        if count:
-            self._gather_s = _GATHER_S if count < _STREAM else _GATHER_STREAM_S
-        return count > 0
+        return count >= feed.LOG_BATCH
 
     def _tidy(self, view: View) -> bool:
         """Merge what is due of the words; whether there was anything."""

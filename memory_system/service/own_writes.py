@@ -17,10 +17,12 @@ _GIVE_UP_S: Final = 5.0
 
 
 class OwnWrites:
-    """Rows by caller, bounded. `has_vector(row_id, digest)` asks the index, `advanced` tells that it moved on."""
+    """Rows by caller, bounded. `has_vector(row_id, digest)` asks the index, `hurry` tells it that somebody waits, and
+    `advanced` tells that it moved on."""
 
-    def __init__(self, has_vector: Callable[[int, bytes], bool]) -> None:
+    def __init__(self, has_vector: Callable[[int, bytes], bool], hurry: Callable[[], None]) -> None:
         self._has_vector = has_vector
+        self._hurry = hurry
         # Ordered, because a plain dict that loses its first key over and over takes ever longer to find it.
         self._rows: OrderedDict[Caller, OrderedDict[int, tuple[bytes, float]]] = OrderedDict()
         self._moved = asyncio.Event()
@@ -56,6 +58,7 @@ class OwnWrites:
             if left_s <= 0:
                 return
             self._moved.clear()
+            self._hurry()
             try:
                 await asyncio.wait_for(self._moved.wait(), left_s)
             except TimeoutError:
