@@ -255,9 +255,10 @@ class SearchIndex:
                 return view  # it came to be known meanwhile: the caller sees that, and loads anew
             self._view, self._state = view, "ready"
             self._loaded.set()
+            missing = view.columns.missing() if view.vectors else []
         seconds = round(self._clock() - started_s, 3)
         log.info("search_index_ready", rows=len(view.columns), seq=view.seq, seconds=seconds)
-        if view.vectors is not None and (missing := view.columns.missing()):
+        if missing:
             self._on_backfill(missing)
         self._news.tell(view.seq, anew=True)
         return view
