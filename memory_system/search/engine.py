@@ -94,7 +94,7 @@ class SearchEngine:
         Degraded (`no_vector`) while that content has no vector.
         """
         vector = model_id = None
-        if self._index.has_vector(row_id, digest):
+        if self._index.has_vector(row_id, digest) or self._has_followed_to(row_id, digest):
             with self._index.reading() as view:
                 slot = view.columns.slot(row_id) if view else None
                 if view is not None and view.vectors is not None and slot is not None:
@@ -102,6 +102,10 @@ class SearchEngine:
         if vector is None:
             return SearchOutcome([], self._index.pending(query.namespace), 0, "no_vector")
         return self.search(replace(query, mode="dense", vector=vector, vector_model=model_id, exclude_row_id=row_id))
+
+    def _has_followed_to(self, row_id: int, digest: bytes | None) -> bool:
+        with self._connections.one() as conn, feed.snapshot(conn) as target:
+            return self._index.catch_up(conn, target) and self._index.has_vector(row_id, digest)
 
     def search(self, query: SearchQuery) -> SearchOutcome:
         """Search. Raises sqlite3.Error when the database cannot be read."""

@@ -124,7 +124,7 @@ class SearchIndex:
         """Have graph and words saved, once the index is loaded: False when there is none, or no change since the last
         time, or it could not be saved, which the log tells."""
         wanted = self._saves.ask()
-        self.pace.tell()
+        self.pace.ask()
         return wanted
 
     def close(self) -> None:
@@ -142,7 +142,7 @@ class SearchIndex:
             if self._view is not None and model_of(self._view) != self._model:
                 self._state = "loading"
                 forget_vectors(self._view)
-        self.pace.tell()
+        self.pace.ask()
 
     @contextmanager
     def reading(self) -> Iterator[View | None]:
@@ -179,7 +179,7 @@ class SearchIndex:
             if self._view is None:
                 return False
             word_keeping.begin_anew(self._folder, self._view)
-        self.pace.tell()
+        self.pace.ask()
         return True
 
     def wrong_words(self, conn: sqlite3.Connection, texts: Sequence[feed.Text]) -> list[int]:
@@ -225,8 +225,8 @@ class SearchIndex:
         conn = self._connect()
         try:
             view = self._load(conn)
+            self.pace.begin()
             while self._is_wanted(model_of(view)):
-                self.pace.begin()
                 busy = self._apply(conn, view)
                 self._news.tell(view.seq)
                 busy = word_keeping.fill(conn, view, self._lock) or busy
@@ -237,6 +237,7 @@ class SearchIndex:
                     self._save(view)
                 if not busy:
                     self.pace.wait()
+                self.pace.begin()
             if self._model in (None, model_of(view)):
                 self._save(view)
         finally:
@@ -250,12 +251,12 @@ class SearchIndex:
         model = self._model or (feed.written_with(conn) if self._expects_model else None)
         view = loading.read(self._connect, self._settings, self.tokenizer, model, lambda: not self._is_wanted(model))
         loading.take_over(conn, view, self._view, self._applying, self._folder, self._settings)
+        missing = view.columns.missing() if view.vectors else []
         with self._lock:
             if self._model not in (None, model):
                 return view  # it came to be known meanwhile: the caller sees that, and loads anew
             self._view, self._state = view, "ready"
             self._loaded.set()
-            missing = view.columns.missing() if view.vectors else []
         seconds = round(self._clock() - started_s, 3)
         log.info("search_index_ready", rows=len(view.columns), seq=view.seq, seconds=seconds)
         if missing:

@@ -20,29 +20,33 @@ class Pace:
         self._told = threading.Event()
         self._hurry = threading.Event()
         self._gather_s = _GATHER_S[0]
-        self._stopped = False
+        self._stopped = threading.Event()
 
     def __repr__(self) -> str:
         return f"<Pace gather={self._gather_s}>"
 
     def tell(self) -> None:
-        """Something was committed, or is to be done."""
+        """Something was committed."""
         self._told.set()
 
     def hurry(self) -> None:
-        """Somebody waits for what is being committed: the next of it is not gathered."""
+        """Somebody waits for what is being committed: the next of it is gathered for the least time only."""
         self._hurry.set()
+
+    def ask(self) -> None:
+        """Something else is to be done, and somebody waits for it."""
+        self._hurry.set()
+        self._told.set()
 
     def stop(self) -> None:
         """End a wait, and those to come."""
-        self._stopped = True
-        self._hurry.set()
-        self._told.set()
+        self._stopped.set()
+        self.ask()
 
     def begin(self) -> None:
         """Whatever is told from now on is to be looked at again."""
         self._told.clear()
-        if self._stopped:
+        if self._stopped.is_set():
             self._told.set()
 
     def wait(self) -> None:
@@ -50,10 +54,11 @@ class Pace:
         least_s, longest_s = _GATHER_S
         began_s = time.monotonic()
         if not self._told.wait(_POLL_S):
+            self._gather_s = least_s
             return
         at_once = time.monotonic() - began_s < self._gather_s
         self._gather_s = min(longest_s, 2 * self._gather_s) if at_once else least_s
-        if self._hurry.wait(self._gather_s):
+        # Who waits is told of each step, and hurries again: so not even then a commit is applied without any other.
+        if not self._stopped.wait(least_s) and self._hurry.wait(self._gather_s - least_s):
             self._gather_s = least_s
-            if not self._stopped:
-                self._hurry.clear()
+            self._hurry.clear()

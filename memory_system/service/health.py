@@ -132,6 +132,7 @@ class HealthService:
     async def _pending(self, namespace: str) -> int:
         """What searches would say: the index counts, once it has followed the log to its end of now."""
         last_seq = await self._queries.last_log_seq()
+        self._index.pace.hurry()
         for _ in range(_LOOKS):
             if self._index.state == "ready" and self._index.applied_seq >= last_seq:
                 return self._index.pending(namespace)

@@ -153,6 +153,24 @@ class Paused(SearchIndex):
         return False if self.paused else super()._apply(conn, view)
 
 
+def test_what_is_like_a_memory_that_the_index_has_not_seen_is_found(store: SearchStore) -> None:
+    row = store.add("text", VECTORS[1])
+    index = Paused(SETTINGS, store.path, store.connect)
+    index.set_model(MODEL, DIMENSION)
+    engine = SearchEngine(SETTINGS, LifecycleSettings(), store.path, index, store.connect)
+    index.start()
+    try:
+        caught_up(store, index)
+        index.paused = True
+        new = store.add("new", VECTORS[0])
+        assert not index.has_vector(new)
+        assert ids(engine.similar(query(), new)) == [row]
+        assert engine.similar(query(), store.add("without")).reason == "no_vector"
+    finally:
+        engine.close()
+        index.close()
+
+
 def test_changes_that_the_index_has_not_seen_are_respected(store: SearchStore) -> None:
     rows = [store.add(f"text {n}", VECTORS[n]) for n in range(6)]
     index = Paused(SETTINGS, store.path, store.connect)
