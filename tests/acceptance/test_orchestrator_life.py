@@ -343,11 +343,12 @@ def test_no_process_is_left_when_it_is_killed(tmp_path: Path) -> None:
 def embedding_worker(orchestrator: Orchestrator) -> int:
     """Its pid, as soon as it is a program of its own: stopped before its exec, it would hold the service up as well."""
     children = Path(f"/proc/{orchestrator.pid}/task/{orchestrator.pid}/children")
-    service = Path(f"/proc/{orchestrator.pid}/cmdline").read_bytes()
 
     def executed() -> list[int]:
+        # Empty for a moment after its own exec, and then that of a child that is still the same program would differ.
+        service = Path(f"/proc/{orchestrator.pid}/cmdline").read_bytes()
         pids = [int(pid) for pid in children.read_text().split()]
-        return [pid for pid in pids if Path(f"/proc/{pid}/cmdline").read_bytes() not in {service, b""}]
+        return [pid for pid in pids if service and Path(f"/proc/{pid}/cmdline").read_bytes() not in {service, b""}]
 
     wait_until(lambda: bool(executed()), "the embedding worker")
     return executed()[0]

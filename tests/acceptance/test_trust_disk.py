@@ -83,7 +83,7 @@ def replies(orchestrator: WrappedOrchestrator) -> dict[str, Reply | None]:
     return told
 
 
-@pytest.mark.parametrize(("call", "outcome"), [(3, "refused to start"), (16, "ended"), (40, "ended")])
+@pytest.mark.parametrize(("call", "outcome"), [(3, "refused to start"), (16, "ended"), (28, "ended")])
 def test_wherever_a_sync_fails_nothing_acknowledged_is_lost(tmp_path: Path, call: int, outcome: str) -> None:
     assert failed_sync(tmp_path, call) == outcome
 
